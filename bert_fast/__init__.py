@@ -1,0 +1,32 @@
+"""BERT with the padding taken out once and every memory-bound step fused."""
+
+from bert_fast.config import BertConfig
+from bert_fast.heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from bert_fast.model import BertModel
+from bert_fast.pretrained import BertPreTrainedModel
+from bert_fast.report import report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "BertPreTrainedModel",
+    "__version__",
+    "report",
+]

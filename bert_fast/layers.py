@@ -1,0 +1,324 @@
+"""BERT's modules on packed rows (T, D), with Hugging Face's names for classes and parameters.
+
+Query, key and value stay separate parameters; that one product computes all three, that a bias
+and an activation are one op, is a matter of execution. A submodule that is not the plain PyTorch
+class (LoRA, quantised) or has hooks is called as it is, on packed rows; the rest stays fused.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bert_fast import ops, reference
+from bert_fast.config import BertConfig
+from bert_fast.packing import Layout, PackedBatch
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return whether reading the module's parameters does what calling it would."""
+    return type(module) is cls and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """Return module(x) for rows x (T, D)."""
+    if is_plain(module, nn.Linear):
+        return ops.linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def linear_gelu(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """Return activation(module(x)) for rows x (T, D)."""
+    if is_plain(module, nn.Linear):
+        return ops.linear_gelu(x, module.weight, module.bias, activation)
+    return ops.gelu(module(x), activation=activation)
+
+
+def add_layer_norm(
+    norm: nn.Module,
+    dropout: nn.Dropout,
+    x: Tensor,
+    residual: Tensor,
+    seed: Tensor | None,
+    site: int,
+) -> Tensor:
+    """Return norm(dropout(x) + residual) for rows x and residual (T, D)."""
+    if is_plain(norm, nn.LayerNorm):
+        p = dropout_p(dropout, seed)
+        return ops.add_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, p=p, seed=seed, site=site
+        )
+    return norm(dropout(x) + residual)
+
+
+def dropout_p(dropout: nn.Dropout, seed: Tensor | None) -> float:
+    """Return the probability in force: 0 in evaluation."""
+    return dropout.p if dropout.training and seed is not None else 0.0
+
+
+class BertEmbeddings(nn.Module):
+    """Word + position + type embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
+        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, batch: PackedBatch, seed: Tensor | None = None) -> Tensor:
+        """Return the embeddings (T, D) of a packed batch."""
+        tokens, word, pad_id = batch.tokens, batch.embeds, None
+        if tokens is not None and is_plain(self.word_embeddings, nn.Embedding):
+            word, pad_id = self.word_embeddings.weight, self.word_embeddings.padding_idx
+        elif tokens is not None:
+            tokens, word = None, self.word_embeddings(tokens)
+        plain = is_plain(self.LayerNorm, nn.LayerNorm) and all(
+            is_plain(t, nn.Embedding)
+            for t in (self.position_embeddings, self.token_type_embeddings)
+        )
+        if not plain:
+            word = nn.functional.embedding(tokens, word, pad_id) if tokens is not None else word
+            x = word + self.token_type_embeddings(batch.types)
+            return self.dropout(self.LayerNorm(x + self.position_embeddings(batch.positions)))
+        return ops.embed(
+            tokens,
+            batch.positions,
+            batch.types,
+            word,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            pad_id=pad_id,
+            p=dropout_p(self.dropout, seed),
+            seed=seed,
+        )
+
+
+class BertSelfAttention(nn.Module):
+    """Query, key and value projections and attention within each sequence."""
+
+    def __init__(self, config: BertConfig, site: int):
+        super().__init__()
+        D = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = D // config.num_attention_heads
+        self.site = site
+        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self._fused: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+
+    def forward(
+        self, x: Tensor, layout: Layout, seed: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the context (T, D) and, if wanted, the probabilities (B, H, L, L)."""
+        qkv = self._project(x)
+        p = dropout_p(self.dropout, seed)
+        context = ops.attention(
+            qkv, layout.cu_seqlens, layout.max_len, p=p, seed=seed, site=self.site
+        )
+        probs = attention_probs(qkv, layout, p, seed, self.site) if output_attentions else None
+        return context.flatten(1), probs
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Return query, key and value of rows x as (T, 3, H, K)."""
+        parts = self.query, self.key, self.value
+        # One product saves launches on a GPU. On the CPU it saves nothing, and three need no copy
+        # of the weights.
+        if x.is_cuda and all(is_plain(part, nn.Linear) for part in parts):
+            qkv = ops.linear(x, *self._fused_weights())
+        else:
+            qkv = torch.stack([linear(part, x) for part in parts], dim=1)
+        return qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
+
+    def _fused_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the three weights and biases in one; kept only while gradients are off."""
+        parts = self.query, self.key, self.value
+        weights, biases = [p.weight for p in parts], [p.bias for p in parts]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._fused = None
+            return torch.cat(weights), torch.cat(biases)
+        key = tuple(v for t in (*weights, *biases) for v in (t.data_ptr(), t._version))
+        if self._fused is None or self._fused[0] != key:
+            self._fused = key, torch.cat(weights), torch.cat(biases)
+        return self._fused[1:]
+
+    def drop_fused_weights(self) -> None:
+        """Forget the fused weights: the parameters may change unseen from here on."""
+        self._fused = None
+
+    def train(self, mode: bool = True) -> "BertSelfAttention":
+        """Set the mode, and drop the fused weights."""
+        self.drop_fused_weights()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "BertSelfAttention":
+        self.drop_fused_weights()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.drop_fused_weights()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        """Leave the fused weights out of pickles and copies."""
+        return {**self.__dict__, "_fused": None}
+
+
+def attention_probs(
+    qkv: Tensor, layout: Layout, p: float, seed: Tensor | None, site: int
+) -> Tensor:
+    """Return the probabilities (B, H, L, L) of a padded batch, after dropout; 0 at padding.
+
+    Eager and with gradients by plain autograd, for `output_attentions` alone: attention itself
+    never holds them.
+    """
+    _, _, H, K = qkv.shape
+    B, L = layout.shape
+    q, k, _ = (layout.unpack(t).transpose(1, 2) for t in qkv.unbind(1))  # (B, H, L, K)
+    real = layout.mask()
+    pair = real[:, None, :, None] & real[:, None, None, :]
+    scores = (q @ k.mT) * K**-0.5
+    # finite, not -inf: the softmax of a padded row, zeroed below, must not be NaN
+    scores = scores.masked_fill(~pair, torch.finfo(scores.dtype).min)
+    probs = torch.where(pair, scores.softmax(-1), 0)
+    if p == 0:
+        return probs
+    columns = layout.columns()
+    factors = probs.new_zeros(B, H, L, L)
+    for b, first, last in reference.sequences(layout.cu_seqlens):
+        at = columns[first:last]
+        kept = reference.attention_dropout(p, seed, site, b, H, last - first)
+        factors[b, :, at[:, None], at[None, :]] = kept.to(probs.dtype)
+    return probs * factors
+
+
+class BertSelfOutput(nn.Module):
+    """Projection, dropout, residual, LayerNorm."""
+
+    def __init__(self, width: int, config: BertConfig, site: int):
+        super().__init__()
+        D = config.hidden_size
+        self.site = site
+        self.dense = nn.Linear(width, D)
+        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
+        """Return LayerNorm(dropout(dense(x)) + residual), rows (T, D)."""
+        x = linear(self.dense, x)
+        return add_layer_norm(self.LayerNorm, self.dropout, x, residual, seed, self.site)
+
+
+class BertOutput(BertSelfOutput):
+    """The same behind the feed-forward."""
+
+
+class BertAttention(nn.Module):
+    """Self-attention and its output."""
+
+    def __init__(self, config: BertConfig, site: int):
+        super().__init__()
+        self.self = BertSelfAttention(config, site)
+        self.output = BertSelfOutput(config.hidden_size, config, site + 1)
+
+    def forward(
+        self, x: Tensor, layout: Layout, seed: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return rows (T, D) and, if wanted, the probabilities (B, H, L, L)."""
+        context, probs = self.self(x, layout, seed, output_attentions)
+        return self.output(context, x, seed), probs
+
+
+class BertIntermediate(nn.Module):
+    """The feed-forward's first projection and its activation."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = config.hidden_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(dense(x)), rows (T, F)."""
+        return linear_gelu(self.dense, x, self.activation)
+
+
+class BertLayer(nn.Module):
+    """One layer of the encoder."""
+
+    def __init__(self, config: BertConfig, layer_idx: int):
+        super().__init__()
+        site = 1 + 3 * layer_idx  # 0 is the embeddings'
+        self.attention = BertAttention(config, site)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config.intermediate_size, config, site + 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        seed: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return rows (T, D) and, if wanted, the probabilities (B, H, L, L)."""
+        x, probs = self.attention(x, layout, seed, output_attentions)
+        return self.output(self.intermediate(x), x, seed), probs
+
+
+class BertEncoder(nn.Module):
+    """The layers, in order."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        self.checkpoint_options: dict | None = None  # of torch.utils.checkpoint; None: do not
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        seed: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the last rows (T, D), the hidden states and the attentions of each layer.
+
+        Hidden states are the rows before each layer and after the last, attentions (B, H, L, L);
+        either list is empty where it is not wanted.
+        """
+        hidden_states, attentions = [], []
+        for layer in self.layer:
+            if output_hidden_states:
+                hidden_states.append(x)
+            args = x, layout, seed, output_attentions
+            if self.checkpoint_options is not None and self.training:
+                x, probs = checkpoint(layer, *args, **self.checkpoint_options)
+            else:
+                x, probs = layer(*args)
+            if output_attentions:
+                attentions.append(probs)
+        if output_hidden_states:
+            hidden_states.append(x)
+        return x, hidden_states, attentions
+
+
+class BertPooler(nn.Module):
+    """tanh of a projection of each sequence's first row."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, first: Tensor, nonempty: Tensor | None = None) -> Tensor:
+        """Return (B, D) from the first rows (B, D); 0 for an empty sequence."""
+        pooled = self.activation(linear(self.dense, first))
+        return pooled if nonempty is None else torch.where(nonempty[:, None], pooled, 0)

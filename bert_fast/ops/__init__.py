@@ -1,0 +1,33 @@
+"""Operators on packed rows: `torch.ops.bert_fast.*`, and the functions the layers call.
+
+Each op has one schema, an implementation for each kind of device, a fake for tracing and an
+autograd.Function around it. The device decides which implementation runs; an input that it cannot
+take raises. Letters: T tokens, D hidden, H heads, K head size, F feed-forward, V vocabulary.
+"""
+
+from bert_fast.ops.attention import attention, check_cu_seqlens
+from bert_fast.ops.cross_entropy import linear_cross_entropy
+from bert_fast.ops.embedding import embed
+from bert_fast.ops.gelu import ACTIVATIONS, gelu
+from bert_fast.ops.layer_norm import add_layer_norm, layer_norm
+from bert_fast.ops.linear import linear, linear_gelu
+from bert_fast.ops.registry import Implementation, autocast, check_range, implementations
+from bert_fast.ops.unpad import unpad
+
+__all__ = [
+    "ACTIVATIONS",
+    "Implementation",
+    "add_layer_norm",
+    "attention",
+    "autocast",
+    "check_cu_seqlens",
+    "check_range",
+    "embed",
+    "gelu",
+    "implementations",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "linear_gelu",
+    "unpad",
+]

@@ -1,0 +1,79 @@
+"""Masked-LM projection and loss, without holding the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast import reference
+from bert_fast.ops import registry
+
+
+def _fake(
+    x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    shapes = (x.shape, w.shape, (w.shape[0],)) if with_grad else ((0,),) * 3
+    dx, dw, db = (x.new_empty(s) for s in shapes)
+    return loss, dx, dw, db
+
+
+_fwd = registry.register(
+    "linear_cross_entropy(Tensor x, Tensor w, Tensor? b, Tensor labels, bool with_grad)"
+    " -> (Tensor loss, Tensor dx, Tensor dw, Tensor db)",
+    reference=reference.linear_cross_entropy,
+    fake=_fake,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+        loss, *grads = _fwd(x, w, b, labels, True)
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @registry.first_order
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[:3]
+        grads = zip(ctx.saved_tensors, need, strict=True)
+        return *(g * d_loss.to(g.dtype) if n else None for g, n in grads), None
+
+
+def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+    """Cross entropy of the logits x w^T + b, summed over the labelled rows.
+
+    The gradients are made in the forward pass, so that the logits are never kept.
+
+    Args:
+        x: (N, D) floating.
+        w: (V, D), dtype of x.
+        b: (V,), dtype of x, or None.
+        labels: (N,) int64: 0 to V - 1, or -100 for none.
+
+    Returns:
+        () fp32 (fp64 for fp64): 0 without a labelled row.
+
+    Raises:
+        ValueError: a shape or a device does not fit; a label is out of range (seen on the CPU).
+        TypeError: a tensor is not floating, or of another dtype than x; labels are not int64.
+        NotImplementedError: under torch.func transforms; for second derivatives.
+    """
+    op = "linear_cross_entropy"
+    registry.check_float(op, x=x, w=w, b=b)
+    x, w, b = registry.autocast(x, w, b)
+    registry.check_shape(op, "w", w, (None, None), "(V, D)")
+    registry.check_shape(op, "x", x, (None, w.shape[1]), "(N, D)")
+    if b is not None:
+        registry.check_shape(op, "b", b, (w.shape[0],), "(V,)")
+    registry.check_shape(op, "labels", labels, (x.shape[0],), "(N,)")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{op}: labels: want int64, got {labels.dtype}")
+    registry.check_same(op, "device", x=x, w=w, b=b, labels=labels)
+    registry.check_same(op, "dtype", x=x, w=w, b=b)
+    registry.check_range(op, "labels", labels, w.shape[0], ignore=reference.IGNORE)
+    args = x.contiguous(), w, b, labels
+    if registry.needs_grad(op, x, w, b):
+        return _LinearCrossEntropy.apply(*args)
+    return _fwd(*args, False)[0]

@@ -1,0 +1,164 @@
+"""Word + position + type embeddings, LayerNorm, dropout."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast import reference
+from bert_fast.ops import registry
+
+
+def _fwd_fake(
+    input_ids: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    w: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, D = position_ids.shape[0], word.shape[1]
+    dtype = torch.promote_types(word.dtype, w.dtype)
+    wide = torch.promote_types(torch.promote_types(dtype, position.dtype), torch.float32)
+    wide = torch.promote_types(wide, type_.dtype)
+    rows = (word.new_empty(T, D, dtype=dtype) for _ in range(2))
+    stats = (word.new_empty(T, dtype=wide) for _ in range(2))
+    return *rows, *stats
+
+
+def _bwd_fake(
+    dy: Tensor,
+    input_ids: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    w: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dword, dposition, dtype, dw, db = (
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (word, position, type_, w, w)
+    )
+    return dword, dposition, dtype, dw, db
+
+
+_fwd = registry.register(
+    "embed(Tensor? input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,"
+    " Tensor position, Tensor type_, Tensor w, Tensor b, float eps, float p, Tensor? seed,"
+    " int site) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    reference=reference.embed,
+    fake=_fwd_fake,
+)
+_bwd = registry.register(
+    "embed_bwd(Tensor dy, Tensor? input_ids, Tensor position_ids, Tensor token_type_ids,"
+    " Tensor word, Tensor position, Tensor type_, Tensor w, Tensor z, Tensor mean, Tensor rstd,"
+    " int pad_id, float p, Tensor? seed, int site)"
+    " -> (Tensor dword, Tensor dposition, Tensor dtype, Tensor dw, Tensor db)",
+    reference=reference.embed_bwd,
+    fake=_bwd_fake,
+)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        word: Tensor,
+        position: Tensor,
+        type_: Tensor,
+        w: Tensor,
+        b: Tensor,
+        eps: float,
+        pad_id: int,
+        p: float,
+        seed: Tensor | None,
+        site: int,
+    ) -> Tensor:
+        inputs = input_ids, position_ids, token_type_ids, word, position, type_, w
+        y, *saved = _fwd(*inputs, b, eps, p, seed, site)
+        ctx.save_for_backward(*inputs, *saved, seed)
+        ctx.pad_id, ctx.p, ctx.site, ctx.b_dtype = pad_id, p, site, b.dtype
+        return y
+
+    @staticmethod
+    @registry.first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, seed = ctx.saved_tensors
+        args = dy.contiguous(), *tensors, ctx.pad_id, ctx.p, seed, ctx.site
+        dword, dposition, dtype, dw, db = _bwd(*args)
+        grads = dword, dposition, dtype, dw, db.to(ctx.b_dtype)
+        return None, None, None, *grads, None, None, None, None, None
+
+
+def embed(
+    input_ids: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eps: float = 1e-12,
+    *,
+    pad_id: int | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + type_[token_type_ids] + position[position_ids])).
+
+    Args:
+        input_ids: (T,) int64 or int32, or None when `word` holds one row a token already.
+        position_ids: (T,) int64 or int32.
+        token_type_ids: (T,) int64 or int32.
+        word: (V, D) table, or (T, D) rows without input_ids.
+        position: (P, D) table.
+        type_: (C, D) table.
+        w: (D,) LayerNorm scale.
+        b: (D,) LayerNorm shift.
+        eps: added to the variance.
+        pad_id: row of `word` that gets no gradient; None: every row gets one.
+        p: probability of dropping an element of the result, in steps of 1 / 65536.
+        seed: (1,) int64, needed with p > 0.
+        site: number of this dropout in the model.
+
+    Returns:
+        (T, D) in the dtype to which word and w promote.
+
+    Raises:
+        ValueError: a shape, a device, p or the seed does not fit; an id is out of range (seen on
+            the CPU).
+        TypeError: a table is not floating, or ids are not integers.
+        NotImplementedError: under torch.func transforms; for second derivatives.
+    """
+    op = "embed"
+    tables = {"word": word, "position": position, "type_": type_}
+    registry.check_float(op, **tables, w=w, b=b)
+    for name, table in tables.items():
+        registry.check_shape(op, name, table, (None, w.shape[0] if w.ndim else None), "(rows, D)")
+    registry.check_shape(op, "w", w, (word.shape[1],), "(D,)")
+    registry.check_shape(op, "b", b, (word.shape[1],), "(D,)")
+    T = word.shape[0] if input_ids is None else input_ids.shape[0] if input_ids.ndim else None
+    ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+    for (name, t), table in zip(ids.items(), (word, position, type_), strict=True):
+        if t is None:
+            continue
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{op}: {name}: want int64 or int32, got {t.dtype}")
+        registry.check_shape(op, name, t, (T,), "(T,)")
+        registry.check_range(op, name, t, table.shape[0])
+    registry.check_same(op, "device", **ids, **tables, w=w, b=b)
+    registry.check_dropout(op, p, seed)
+    seed = seed if p > 0 else None
+    inputs = input_ids, position_ids, token_type_ids, word, position, type_, w, b, eps
+    if registry.needs_grad(op, word, position, type_, w, b):
+        return _Embed.apply(*inputs, -1 if pad_id is None else pad_id, p, seed, site)
+    return _fwd(*inputs, p, seed, site)[0]

@@ -1,0 +1,136 @@
+"""x w^T + b, alone and followed by an activation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast import reference
+from bert_fast.ops import registry
+from bert_fast.ops.gelu import bias_gelu_bwd, check_activation
+
+
+def _fwd_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = x.shape, w.shape, (w.shape[0],)
+    dx, dw, db = (x.new_empty(s if n else (0,)) for s, n in zip(shapes, need, strict=True))
+    return dx, dw, db
+
+
+def _gelu_fake(x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    return _fwd_fake(x, w, b), _fwd_fake(x, w, b)
+
+
+_fwd = registry.register(
+    "linear(Tensor x, Tensor w, Tensor? b) -> Tensor",
+    reference=reference.linear,
+    fake=_fwd_fake,
+)
+_bwd = registry.register(
+    "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw, Tensor db)",
+    reference=reference.linear_bwd,
+    fake=_bwd_fake,
+)
+_gelu_fwd = registry.register(
+    "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation) -> (Tensor y, Tensor h)",
+    reference=reference.linear_gelu,
+    fake=_gelu_fake,
+)
+
+
+def _linear_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> list[Tensor | None]:
+    need = list(ctx.needs_input_grad[:3])
+    return [g if n else None for g, n in zip(_bwd(dy, x, w, need), need, strict=True)]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _fwd(x, w, b)
+
+    @staticmethod
+    @registry.first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(_linear_grads(ctx, dy.contiguous(), *ctx.saved_tensors))
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> Tensor:
+        y, h = _gelu_fwd(x, w, b, activation)
+        ctx.save_for_backward(x, w, h)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @registry.first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, h = ctx.saved_tensors
+        dh, db = bias_gelu_bwd(dy.contiguous(), h, None, ctx.activation)
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dx, dw, _ = _bwd(dh, x, w, [need_x, need_w, False])
+        return dx if need_x else None, dw if need_w else None, db if need_b else None, None
+
+
+def _check(op: str, x: Tensor, w: Tensor, b: Tensor | None) -> list[Tensor | None]:
+    """Return x, w and b as the op takes them: checked, in autocast's dtype, x contiguous."""
+    registry.check_float(op, x=x, w=w, b=b)
+    x, w, b = registry.autocast(x, w, b)
+    registry.check_shape(op, "w", w, (None, None), "(F, D)")
+    registry.check_shape(op, "x", x, (None, w.shape[1]), "(T, D)")
+    if b is not None:
+        registry.check_shape(op, "b", b, (w.shape[0],), "(F,)")
+    registry.check_same(op, "device", x=x, w=w, b=b)
+    registry.check_same(op, "dtype", x=x, w=w, b=b)
+    return [x.contiguous(), w, b]
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """X w^T + b.
+
+    Args:
+        x: (T, D) floating.
+        w: (F, D), dtype of x.
+        b: (F,), dtype of x, or None.
+
+    Returns:
+        (T, F) in the dtype of x; under autocast all are cast first, as eager's.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: a tensor is not floating, or of another dtype than x.
+        NotImplementedError: under torch.func transforms; for second derivatives.
+    """
+    args = _check("linear", x, w, b)
+    if registry.needs_grad("linear", *args):
+        return _Linear.apply(*args)
+    return _fwd(*args)
+
+
+def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """activation(x w^T + b).
+
+    Args:
+        x: (T, D) floating.
+        w: (F, D), dtype of x.
+        b: (F,), dtype of x, or None.
+        activation: as `gelu` takes it.
+
+    Returns:
+        (T, F) in the dtype of x; under autocast x, w and b are cast first, as eager's.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or the activation is unknown.
+        TypeError: a tensor is not floating, or of another dtype than x.
+        NotImplementedError: under torch.func transforms; for second derivatives.
+    """
+    op = "linear_gelu"
+    check_activation(op, activation)
+    args = _check(op, x, w, b)
+    if registry.needs_grad(op, *args):
+        return _LinearGelu.apply(*args, activation)
+    return _gelu_fwd(*args, activation)[0]

@@ -1,0 +1,191 @@
+"""How an operator of `torch.ops.bert_fast` is defined, and which implementation it has where.
+
+`torch.library.Library` costs 1-2 us a call, `torch.library.custom_op` 2-19 us; a forward has
+50 to 100 calls.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_lib = torch.library.Library("bert_fast", "FRAGMENT")
+
+
+class Implementation(NamedTuple):
+    """What serves an op on a kind of device.
+
+    Attributes:
+        name: "triton", "csrc" or "reference".
+        reason: why nothing faster does; empty if this is the fastest there is.
+    """
+
+    name: str
+    reason: str
+
+
+def _load_extension() -> tuple[frozenset[str], str]:
+    """Return the ops that csrc implements for the CPU, and why there are none."""
+    if importlib.util.find_spec("bert_fast._C") is None:
+        return frozenset(), "the C++ extension is not built"
+    try:
+        extension = importlib.import_module("bert_fast._C")
+    except ImportError as error:  # as after an upgrade of torch
+        reason = f"the C++ extension does not load: {error}"
+        warnings.warn(f"bert_fast: {reason}; build it again", stacklevel=2)
+        return frozenset(), reason
+    return frozenset(extension.cpu_ops()), ""
+
+
+_compiled, _no_extension = _load_extension()
+_implementations: dict[str, dict[str, Implementation]] = {}
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast out of an eager implementation: its arithmetic has fixed dtypes."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def register(
+    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Define an operator of the namespace bert_fast and return it.
+
+    Args:
+        schema: "name(Tensor x, ...) -> ...".
+        reference: the eager implementation: on CUDA, and on the CPU unless csrc has one.
+        fake: makes outputs of the right shape, dtype and device, for tracing.
+    """
+    name = schema.partition("(")[0]
+    _lib.define(schema)
+    eager = _eager(reference)
+    _lib.impl(name, eager, "CUDA")
+    if name in _compiled:
+        cpu = Implementation("csrc", "")
+    else:
+        _lib.impl(name, eager, "CPU")
+        cpu = Implementation("reference", _no_extension or "csrc has no implementation of it")
+    cuda = Implementation("reference", "there is no Triton kernel for it")
+    _implementations[name] = {"cpu": cpu, "cuda": cuda}
+    torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
+    return getattr(torch.ops.bert_fast, name).default
+
+
+def implementations() -> dict[str, dict[str, Implementation]]:
+    """Return, for each op by name, what serves it on "cpu" and "cuda"."""
+    return {name: dict(by_device) for name, by_device in _implementations.items()}
+
+
+# --- what every public function does first ------------------------------------------------------
+
+
+def needs_grad(op: str, *tensors: Tensor | None) -> bool:
+    """Return whether autograd must record the call.
+
+    Raises:
+        NotImplementedError: under vmap, jvp or func.grad.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: want a call outside torch.func transforms, got one inside vmap, jvp or grad;"
+            " only reverse-mode autograd is supported"
+        )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward of an autograd.Function refuse create_graph=True."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{backward.__qualname__.split('.')[0].lstrip('_')}: want a first derivative,"
+                " got create_graph=True; second derivatives are not supported"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors in the dtype autocast gives matrix products; as they are without it."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor is of a floating dtype the ops take."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in _FLOATS:
+            raise TypeError(f"{op}: {name}: want fp32, fp16, bf16 or fp64, got {t.dtype}")
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_same(op: str, what: str, **tensors: Tensor | None) -> None:
+    """Raise unless the tensors agree in `what`: "dtype" (TypeError) or "device" (ValueError)."""
+    given = {name: getattr(t, what) for name, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        got = ", ".join(f"{name} {value}" for name, value in given.items())
+        error = TypeError if what == "dtype" else ValueError
+        raise error(f"{op}: want one {what} for all, got {got}")
+
+
+def check_shape(op: str, name: str, t: Tensor, want: tuple[int | None, ...], letters: str) -> None:
+    """Raise ValueError unless t has the shape `want`, where None stands for any size."""
+    if t.ndim != len(want) or any(
+        w is not None and w != s for w, s in zip(want, t.shape, strict=True)
+    ):
+        raise ValueError(f"{op}: {name}: want {letters} {_show(want)}, got {[*t.shape]}")
+
+
+def _show(want: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("*" if w is None else str(w) for w in want) + "]"
+
+
+def check_range(op: str, name: str, ids: Tensor, size: int, ignore: int | None = None) -> None:
+    """Raise ValueError unless 0 <= ids < size, or equal to `ignore`; looks at CPU tensors only.
+
+    On another device the look would wait for it; there, kernels must not trust ids.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if 0 <= low and high < size:
+        return
+    bad = (ids < 0) | (ids >= size)
+    if ignore is not None:
+        bad &= ids != ignore
+    if bad.any():
+        at = int(bad.flatten().nonzero()[0])
+        got = int(ids.flatten()[at])
+        or_ignored = "" if ignore is None else f" or {ignore}"
+        raise ValueError(f"{op}: {name}: want 0 to {size - 1}{or_ignored}, got {got} at {at}")
+
+
+def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
+    """Raise ValueError unless p is a probability and there is a seed (1,) int64 if p > 0."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: p: want 0 to 1, got {p}")
+    if p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
+        got = "None" if seed is None else f"{[*seed.shape]} {seed.dtype}"
+        raise ValueError(f"{op}: seed: want [1] torch.int64 with p > 0, got {got}")

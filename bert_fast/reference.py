@@ -1,0 +1,409 @@
+"""Every op in eager PyTorch: the truth the tests compare with, and the path of last resort.
+
+Ops work on packed rows: T tokens without padding, sequence b in rows cu_seqlens[b] to
+cu_seqlens[b + 1]. Each computes in promote_types(dtype, float32), so float64 stays float64, and
+rounds where the contract stores the input's dtype: outputs, saved z and O, the matrix operands P
+and dS. Rows past cu_seqlens[-1] belong to nobody: attention leaves 0 there.
+
+The whole encoder on padded batches, built from none of these ops, is in `reference_model.py`.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+IGNORE = -100  # label of a row that has none, as in torch.nn.functional.cross_entropy
+_CHUNK_LOGITS = 1 << 24  # logits held at once by linear_cross_entropy: 64 MiB in fp32
+
+
+def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    dtype = _wide_dtype(*tensors)
+    return [t.to(dtype) for t in tensors]
+
+
+# --- dropout: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) ---
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Tensor]:
+    """Return four random 32-bit words (in int64) for each counter; key is an int64 scalar."""
+    k0, k1 = key & _MASK32, (key >> 32) & _MASK32
+    for _ in range(10):
+        # an int64 product wraps modulo 2**64, which leaves both of its 32-bit halves right
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _MASK32) ^ c1 ^ k0,
+            high & _MASK32,
+            ((low >> 32) & _MASK32) ^ c3 ^ k1,
+            low & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def dropout_threshold(p: float) -> int:
+    """Return the 16-bit threshold for dropping with probability p: drop when bits < threshold."""
+    return round(p * 65536)
+
+
+def dropout_factors(
+    p: float, seed: Tensor, site: int, row: Tensor, width: int, c2: Tensor, c3: Tensor
+) -> Tensor:
+    """Return what dropout multiplies by: 0, or 1 / (share kept).
+
+    Column j of a row takes bits 16 * (j % 2) up of word (j % 8) // 2 of the Philox call with
+    counters (row, j // 8, c2, c3) and key seed + site.
+
+    Args:
+        p: probability of dropping, in steps of 1 / 65536.
+        seed: (1,) int64, one for each forward of a model.
+        site: number of the dropout in the model.
+        row: int64 counters that broadcast with c2 and c3, their last dimension of size 1.
+        width: columns in a row.
+        c2: int64 counters.
+        c3: int64 counters.
+
+    Returns:
+        (..., width) fp32.
+    """
+    threshold = dropout_threshold(p)
+    groups = torch.arange((width + 7) // 8, device=seed.device)
+    row, groups, c2, c3 = torch.broadcast_tensors(row, groups, c2, c3)
+    words = _philox(seed + site, row, groups, c2, c3)
+    halves = [half for w in words for half in (w & 0xFFFF, w >> 16)]
+    bits = torch.stack(halves, dim=-1).flatten(-2)[..., :width]
+    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return (bits >= threshold).to(torch.float32) * scale
+
+
+def _row_dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
+    """Return the factors for rows x (T, D), counters (row, column // 8, 0, 0), or None."""
+    if seed is None or p == 0:
+        return None
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    zero = torch.zeros((), dtype=torch.int64, device=x.device)
+    return dropout_factors(p, seed, site, row, x.shape[1], zero, zero).to(x.dtype)
+
+
+# --- LayerNorm -----------------------------------------------------------------------------------
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    w: Tensor,
+    b: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (y, z, mean, rstd) of y = LayerNorm(z), z = dropout(x) + residual, rows (T, D).
+
+    Without dropout and residual z would be x: it is empty then.
+    """
+    wide = _wide_dtype(x, w)
+    z = x.to(wide)
+    factors = _row_dropout(z, p, seed, site)
+    if factors is not None:
+        z = z * factors
+    if residual is not None:
+        z = z + residual
+    y, mean, rstd = torch.native_layer_norm(z, w.shape, w.to(z.dtype), b.to(z.dtype), eps)
+    is_x = residual is None and factors is None
+    z = z.new_empty(0, dtype=out_dtype) if is_x else z.to(out_dtype)
+    return y.to(out_dtype), z, mean[:, 0], rstd[:, 0]
+
+
+def _layer_norm_bwd(
+    dy: Tensor, z: Tensor, w: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dz, dw, db) of y = LayerNorm(z); dz is wide, dw and db have the dtype of w."""
+    w_dtype = w.dtype
+    dy, z, w = _wide(dy, z, w)
+    x_hat = (z - mean[:, None]) * rstd[:, None]
+    g = dy * w
+    dz = rstd[:, None] * (g - g.mean(-1, True) - x_hat * (g * x_hat).mean(-1, True))
+    return dz, (dy * x_hat).sum(0).to(w_dtype), dy.sum(0).to(w_dtype)
+
+
+def add_layer_norm_bwd(
+    dy: Tensor,
+    z: Tensor,
+    w: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (dx, dz, dw, db): dz is the gradient of the residual, and dx with dropout that of x.
+
+    Without dropout dx would be dz: it is empty then.
+    """
+    dz, dw, db = _layer_norm_bwd(dy, z, w, mean, rstd)
+    factors = _row_dropout(dz, p, seed, site)
+    dx = dz.new_empty(0, dtype=x_dtype) if factors is None else (dz * factors).to(x_dtype)
+    return dx, dz.to(z.dtype), dw, db
+
+
+# --- embeddings ----------------------------------------------------------------------------------
+
+
+def embed(
+    tokens: Tensor | None,
+    positions: Tensor,
+    types: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (y, z, mean, rstd) of y = dropout(LayerNorm(z)), z the sum of three table rows.
+
+    Without tokens, `word` holds one row per token already.
+    """
+    dtype = torch.promote_types(word.dtype, w.dtype)
+    rows = word if tokens is None else word[tokens]
+    rows, table, kinds = _wide(rows, position, type_)
+    z = rows + kinds[types] + table[positions]
+    y, _, mean, rstd = add_layer_norm(z, None, w, b, eps, 0.0, None, 0, z.dtype)
+    factors = _row_dropout(y, p, seed, site)
+    if factors is not None:
+        y = y * factors
+    return y.to(dtype), z.to(dtype), mean, rstd
+
+
+def embed_bwd(
+    dy: Tensor,
+    tokens: Tensor | None,
+    positions: Tensor,
+    types: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    w: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    pad_id: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (dword, dposition, dtype, dw, db); row pad_id of dword is 0 (pad_id < 0: none is)."""
+    dy = _wide(dy)[0]
+    factors = _row_dropout(dy, p, seed, site)
+    dz, dw, db = _layer_norm_bwd(dy if factors is None else dy * factors, z, w, mean, rstd)
+
+    def scatter(ids: Tensor, table: Tensor, padding: int = -1) -> Tensor:
+        grad = torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding, False)
+        return grad.to(table.dtype)
+
+    dword = dz.to(word.dtype) if tokens is None else scatter(tokens, word, pad_id)
+    return dword, scatter(positions, position), scatter(types, type_), dw, db
+
+
+# --- activations ---------------------------------------------------------------------------------
+
+_TANH_FORMS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """Return gelu (exact, erf), gelu_new or gelu_pytorch_tanh (tanh form), or relu of x."""
+    if name == "relu":
+        return torch.relu(x)
+    return F.gelu(x, approximate="tanh" if name in _TANH_FORMS else "none")
+
+
+def activation_bwd(dy: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return dy times the derivative of `activation` at x."""
+    if name == "relu":
+        return torch.where(x > 0, dy, 0)
+    form = "tanh" if name in _TANH_FORMS else "none"
+    return torch.ops.aten.gelu_backward(dy, x, approximate=form)
+
+
+def bias_gelu(x: Tensor, b: Tensor | None, name: str) -> Tensor:
+    """Return activation(x + b) for rows x (T, F)."""
+    wide = _wide(x)[0]
+    return activation(wide if b is None else wide + b, name).to(x.dtype)
+
+
+def bias_gelu_bwd(dy: Tensor, x: Tensor, b: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """Return (dx, db) of `bias_gelu`, recomputed from x."""
+    wide_dy, wide = _wide(dy, x)
+    dx = activation_bwd(wide_dy, wide if b is None else wide + b, name)
+    return dx.to(x.dtype), dx.sum(0).to(x.dtype if b is None else b.dtype)
+
+
+# --- linear --------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Return x w^T + b for rows x (T, D) and w (F, D); PyTorch's GEMMs sum 16 bits in fp32."""
+    return F.linear(x, w, b)
+
+
+def linear_bwd(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dw, db) of `linear`; empty where `need` says that nobody wants it."""
+    return (
+        dy @ w if need[0] else x.new_empty(0),
+        dy.T @ x if need[1] else w.new_empty(0),
+        dy.sum(0, dtype=_wide_dtype(dy)).to(dy.dtype) if need[2] else w.new_empty(0),
+    )
+
+
+def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """Return (activation(h), h) with h = x w^T + b."""
+    h = F.linear(x, w, b)
+    return bias_gelu(h, None, name), h
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def sequences(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (sequence, first row, row past the last) for each sequence that is not empty."""
+    for b, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
+        if last > first:
+            yield b, first, last
+
+
+def attention_dropout(
+    p: float, seed: Tensor | None, site: int, sequence: int, heads: int, length: int
+) -> Tensor | None:
+    """Return the (H, n, n) factors of one sequence's probabilities, or None without dropout."""
+    if seed is None or p == 0:
+        return None
+    row = torch.arange(length, device=seed.device)[None, :, None]
+    head = torch.arange(heads, device=seed.device)[:, None, None]
+    c2 = torch.full((), sequence, dtype=torch.int64, device=seed.device)
+    return dropout_factors(p, seed, site, row, length, c2, head)
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_len: int, p: float, seed: Tensor | None, site: int
+) -> tuple[Tensor, Tensor]:
+    """Return (o (T, H, K), lse (H, T)) of softmax(q k^T / sqrt(K)) v within each sequence."""
+    T, _, H, K = qkv.shape
+    wide = _wide_dtype(qkv)
+    o = qkv.new_zeros(T, H, K)
+    lse = qkv.new_zeros(H, T, dtype=wide)
+    for b, first, last in sequences(cu_seqlens):
+        q, k, v = qkv[first:last].to(wide).permute(1, 2, 0, 3)  # each (H, n, K)
+        scores = (q * K**-0.5) @ k.mT
+        largest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()  # in 0 to 1; the sum divides after the product
+        total = weights.sum(-1, keepdim=True)
+        factors = attention_dropout(p, seed, site, b, H, last - first)
+        if factors is not None:
+            weights = weights * factors
+        part = (weights.to(qkv.dtype).to(wide) @ v) / total
+        o[first:last] = part.transpose(0, 1).to(qkv.dtype)
+        lse[:, first:last] = (largest + total.log())[..., 0]
+    return o, lse
+
+
+def attention_bwd(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> Tensor:
+    """Return dqkv (T, 3, H, K), with P recomputed from the saved log-sum-exp."""
+    H, K = qkv.shape[2:]
+    wide = _wide_dtype(qkv)
+    dqkv = torch.zeros_like(qkv)
+    for b, first, last in sequences(cu_seqlens):
+        q, k, v = qkv[first:last].to(wide).permute(1, 2, 0, 3)
+        d_o, out = (t[first:last].to(wide).transpose(0, 1) for t in (do, o))  # (H, n, K)
+        probs = ((q * K**-0.5) @ k.mT).sub_(lse[:, first:last, None]).exp_()
+        d_probs = d_o @ v.mT
+        dropped = probs
+        factors = attention_dropout(p, seed, site, b, H, last - first)
+        if factors is not None:
+            dropped, d_probs = probs * factors, d_probs * factors
+        ds = probs * (d_probs - (d_o * out).sum(-1, keepdim=True)) * K**-0.5
+        ds = ds.to(qkv.dtype).to(wide)
+        dv = dropped.to(qkv.dtype).to(wide).mT @ d_o
+        dqkv[first:last] = torch.stack((ds @ k, ds.mT @ q, dv)).permute(2, 0, 1, 3).to(qkv.dtype)
+    return dqkv
+
+
+# --- cross entropy -------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss, dx, dw, db): the cross entropy of x w^T + b summed over the labelled rows.
+
+    The logits are made a few rows at a time and never held whole; the gradients for a loss
+    gradient of 1 come out of the same pass. Without `with_grad` they are empty.
+    """
+    N, V = x.shape[0], w.shape[0]
+    wide = _wide_dtype(x)
+    loss = x.new_zeros((), dtype=wide)
+    if not with_grad:
+        dx, dw, db = (x.new_empty(0) for _ in range(3))
+    else:
+        dx, db = torch.zeros_like(x), w.new_zeros(V, dtype=wide)
+        dw = w.new_zeros(w.shape, dtype=wide)
+    rows = max(1, _CHUNK_LOGITS // V)
+    for first in range(0, N, rows):
+        part, target = x[first : first + rows], labels[first : first + rows]
+        logits = F.linear(part, w, b).to(wide)
+        loss = loss + F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE)
+        if with_grad:
+            labelled = target != IGNORE
+            d_logits = logits.softmax(-1)
+            d_logits[labelled, target[labelled]] -= 1
+            d_logits = torch.where(labelled[:, None], d_logits, 0)
+            db += d_logits.sum(0)
+            d_logits = d_logits.to(x.dtype)
+            dx[first : first + rows] = d_logits @ w
+            dw += d_logits.T @ part
+    if with_grad:
+        dw, db = dw.to(w.dtype), db.to(w.dtype)
+    return loss, dx, dw, db
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (rows, cu_seqlens, max_len) of a (B, L) bool mask.
+
+    rows (T,) int64 are the flat indices of the True entries, cu_seqlens (B + 1,) int32 and
+    max_len a 0-d int64 tensor on the CPU. From another device this copies 16 bytes to the host.
+    """
+    lengths = mask.sum(1)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+    longest = lengths.max() if mask.shape[0] else cu_seqlens[0]
+    total, max_len = torch.stack((cu_seqlens[-1], longest)).tolist()
+    rows = torch.nonzero_static(mask.flatten(), size=total).flatten()
+    return rows, cu_seqlens.to(torch.int32), torch.tensor(max_len)
