@@ -1,0 +1,75 @@
+# Every target sets up what it needs first: .venv, the packages, the extension.
+#
+#   PYTHON         the interpreter .venv is made from, 3.10 or newer
+#   TORCH          what pip installs as torch
+#   CONSTRAINTS    the pinned versions; with another torch than theirs: CONSTRAINTS=/dev/null
+#   BERT_FAST_EXT  0 without the compiled extension, 1 with it; default 1 where a compiler works
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+CONSTRAINTS ?= constraints.txt
+BERT_FAST_EXT ?= $(shell $(TRY_COMPILER) && echo 1 || echo 0)
+
+BIN := .venv/bin
+PARALLEL := -n auto --dist loadfile
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+EXTENSION := .venv/.extension
+# As torch chooses it: $CXX, else c++ (make's own default for CXX is g++).
+COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
+TRY_COMPILER = echo '\#include <Python.h>' | $(COMPILER) -fopenmp -fsyntax-only -x c++ \
+	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null
+
+.PHONY: help test test-long demo lint ext clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo 'The first one that needs .venv makes it; `make -n test` shows how.'
+
+test: $(EXTENSION)  ## run the tests, a process for each core
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-long: $(EXTENSION)  ## run the tests with full counts, which `make test` leaves out
+	$(BIN)/python -m pytest $(PARALLEL) -m long
+
+demo: $(EXTENSION)  ## BERT-base on a page of English: checked, timed beside transformers
+	$(BIN)/python benchmarks/demo.py
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+ext:  ## build the compiled extension again
+	rm -f $(EXTENSION)
+	$(MAKE) $(EXTENSION)
+
+clean:  ## remove what was built; .venv stays, for that: rm -rf .venv
+	rm -rf build dist *.egg-info bert_fast/_C.*.so $(EXTENSION)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find bert_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The sizes are those of the pinned wheels for Linux on x86-64 with Python 3.11.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+		sys.exit(None if v >= (3, 10) else "want Python 3.10 or newer, got %d.%d" % v)'
+	@echo 'Setting up .venv. On Linux x86-64 pip downloads, unless it has them already:'
+	@echo '  2.5 GB   torch from PyPI with its CUDA libraries (the CPU build: 0.2 GB)'
+	@echo '  0.2 GB   triton'
+	@echo '  0.1 GB   everything else'
+	@echo 'Without a GPU the CPU build is enough: choose it with TORCH, whose value goes to pip,'
+	@echo "  make test TORCH='$(TORCH)+cpu --extra-index-url <the index of CPU builds, see pytorch.org>'"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c $(CONSTRAINTS) --upgrade pip setuptools wheel ninja pybind11
+	$(PIP) install -c $(CONSTRAINTS) $(TORCH)
+	BERT_FAST_EXT=0 $(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(EXTENSION): $(INSTALLED) setup.py $(wildcard csrc/*.* csrc/*/*)
+	@rm -f bert_fast/_C.*.so
+	@if [ "$(BERT_FAST_EXT)" = 0 ]; then \
+		echo 'Without the compiled extension: BERT_FAST_EXT=0, or $(COMPILER) cannot compile for Python'; \
+	else \
+		PATH="$(CURDIR)/$(BIN):$$PATH" BERT_FAST_EXT=$(BERT_FAST_EXT) \
+			$(BIN)/python setup.py -q build_ext --inplace; \
+	fi
+	@touch $@
