@@ -247,9 +247,9 @@ def save_tensors(
     """Write config.json, the weights as safetensors, and the manifest.
 
     Everything is on the disk before the first old file is replaced: when writing fails, the
-    directory is as before. The manifest is replaced last; a process that dies between two
-    replacements leaves files that do not fit it, which `read_tensors` refuses. Weight files of an
-    earlier save that this one does not have are removed.
+    directory is as before. Weight files of an earlier save that this one does not have are
+    removed at the end. A process that dies between the first replacement and that end leaves
+    files that do not fit the manifest, and `read_tensors` refuses them.
 
     Args:
         directory: made if need be.
@@ -276,27 +276,26 @@ def save_tensors(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     sums: dict[str, dict[str, Any]] = {}
-    with staged(directory) as write_last:
-        with staged(directory) as write:
-            for name, shard in zip(names, shards, strict=True):
-                write(name, _summed(safetensors_chunks(shard), sums.setdefault(name, {})))
-            if len(shards) > 1:
-                index = {
-                    "metadata": {"total_size": sum(t.nbytes for t in kept.values())},
-                    "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
-                }
-                name = f"{_SAFETENSORS}.index.json"
-                write(name, _summed([_json(index)], sums.setdefault(name, {})))
-            write(CONFIG_FILE, [config.to_json_string().encode()])
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "config_fingerprint": config.fingerprint(),
-                "files": sums,
+    with staged(directory) as write:
+        for name, shard in zip(names, shards, strict=True):
+            write(name, _summed(safetensors_chunks(shard), sums.setdefault(name, {})))
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in kept.values())},
+                "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
             }
-            write_last(MANIFEST, [_json(manifest)])
-        for entry in os.listdir(directory):
-            if _OURS.fullmatch(entry) and entry not in sums:
-                (directory / entry).unlink()
+            name = f"{_SAFETENSORS}.index.json"
+            write(name, _summed([_json(index)], sums.setdefault(name, {})))
+        write(CONFIG_FILE, [config.to_json_string().encode()])
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "config_fingerprint": config.fingerprint(),
+            "files": sums,
+        }
+        write(MANIFEST, [_json(manifest)])
+    for entry in os.listdir(directory):
+        if _OURS.fullmatch(entry) and entry not in sums:
+            (directory / entry).unlink()
 
 
 def _key(name: str) -> str:

@@ -31,11 +31,23 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def linear_gelu(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+class Activation(nn.Module):
+    """The activation of that name, of rows (T, F)."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(x)."""
+        return ops.gelu(x, activation=self.name)
+
+
+def linear_gelu(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """Return activation(module(x)) for rows x (T, D)."""
-    if is_plain(module, nn.Linear):
-        return ops.linear_gelu(x, module.weight, module.bias, activation)
-    return ops.gelu(module(x), activation=activation)
+    if is_plain(module, nn.Linear) and is_plain(activation, Activation):
+        return ops.linear_gelu(x, module.weight, module.bias, activation.name)
+    return activation(linear(module, x))
 
 
 def add_layer_norm(
@@ -244,11 +256,11 @@ class BertIntermediate(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = config.hidden_act
+        self.intermediate_act_fn = Activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(dense(x)), rows (T, F)."""
-        return linear_gelu(self.dense, x, self.activation)
+        return linear_gelu(self.dense, self.intermediate_act_fn, x)
 
 
 class BertLayer(nn.Module):

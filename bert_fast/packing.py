@@ -215,6 +215,8 @@ def _packed_layout(
 ) -> Layout:
     if shape[0] != 1:
         raise ValueError(f"inputs beside cu_seq_lens_q: want (1, T), got {[*shape]}")
+    if cu_seqlens.is_floating_point():
+        raise TypeError(f"cu_seq_lens_q: want integers, got {cu_seqlens.dtype}")
     if max_len is None:
         max_len = cu_seqlens.diff().max() if cu_seqlens.numel() > 1 else 0
     max_len, cu_seqlens = int(max_len), cu_seqlens.to(torch.int32)

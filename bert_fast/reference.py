@@ -334,20 +334,25 @@ def attention_bwd(
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """Return dqkv (T, 3, H, K), with P recomputed from the saved log-sum-exp."""
+    """Return dqkv (T, 3, H, K).
+
+    A kernel makes P from the saved log-sum-exp and the row sums from the saved o, to save passes;
+    both are made anew here, which is more exact.
+    """
     H, K = qkv.shape[2:]
     wide = _wide_dtype(qkv)
     dqkv = torch.zeros_like(qkv)
     for b, first, last in sequences(cu_seqlens):
         q, k, v = qkv[first:last].to(wide).permute(1, 2, 0, 3)
-        d_o, out = (t[first:last].to(wide).transpose(0, 1) for t in (do, o))  # (H, n, K)
-        probs = ((q * K**-0.5) @ k.mT).sub_(lse[:, first:last, None]).exp_()
+        d_o = do[first:last].to(wide).transpose(0, 1)  # (H, n, K)
+        probs = ((q * K**-0.5) @ k.mT).softmax(-1)
         d_probs = d_o @ v.mT
         dropped = probs
         factors = attention_dropout(p, seed, site, b, H, last - first)
         if factors is not None:
             dropped, d_probs = probs * factors, d_probs * factors
-        ds = probs * (d_probs - (d_o * out).sum(-1, keepdim=True)) * K**-0.5
+        d_scores = probs * d_probs
+        ds = (d_scores - probs * d_scores.sum(-1, keepdim=True)) * K**-0.5
         ds = ds.to(qkv.dtype).to(wide)
         dv = dropped.to(qkv.dtype).to(wide).mT @ d_o
         dqkv[first:last] = torch.stack((ds @ k, ds.mT @ q, dv)).permute(2, 0, 1, 3).to(qkv.dtype)

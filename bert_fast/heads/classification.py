@@ -174,7 +174,11 @@ class BertForMultipleChoice(BertPreTrainedModel):
         inputs = (None if t is None else t.flatten(0, 1) for t in inputs)
         encoded = self.bert(*inputs, packed_output=True, **options)
         logits = encoded.sequence_logits(self.classifier, self.dropout).view(B, C)
-        loss = None if labels is None else losses.cross_entropy(logits, labels.reshape(-1))
+        loss = None
+        if labels is not None:
+            nonempty = encoded.layout.nonempty()
+            nonempty = None if nonempty is None else nonempty.view(B, C).any(1)
+            loss = losses.cross_entropy(logits, losses.sequence_labels(labels, nonempty))
         return self.output(LogitsOutput, encoded, return_dict, loss=loss, logits=logits)
 
 

@@ -63,7 +63,7 @@ def row_mean(losses: Tensor, nonempty: Tensor | None) -> Tensor:
 
 def sequence_labels(labels: Tensor, nonempty: Tensor | None) -> Tensor:
     """Return class labels (B,) as int64, `IGNORE` where a sequence is empty."""
-    labels = labels.reshape(-1).to(torch.int64)
+    labels = _integers(labels.reshape(-1))
     return labels if nonempty is None else torch.where(nonempty, labels, IGNORE)
 
 
@@ -71,4 +71,15 @@ def token_labels(labels: Tensor, layout: Layout) -> Tensor:
     """Return labels (T,) as int64, of labels (B, L)."""
     if tuple(labels.shape) != tuple(layout.shape):
         raise ValueError(f"labels: want {[*layout.shape]}, got {[*labels.shape]}")
-    return layout.gather(labels).to(torch.int64)
+    return _integers(layout.gather(labels))
+
+
+def _integers(labels: Tensor) -> Tensor:
+    """Return labels as int64.
+
+    Raises:
+        TypeError: they are not integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: want integers, got {labels.dtype}")
+    return labels.to(torch.int64)

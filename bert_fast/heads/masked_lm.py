@@ -22,12 +22,12 @@ class BertPredictionHeadTransform(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.dense = nn.Linear(D, D)
-        self.activation = config.hidden_act
+        self.transform_act_fn = layers.Activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return rows (N, D)."""
-        x = layers.linear_gelu(self.dense, x, self.activation)
+        x = layers.linear_gelu(self.dense, self.transform_act_fn, x)
         norm = self.LayerNorm
         if layers.is_plain(norm, nn.LayerNorm):
             return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
