@@ -39,6 +39,7 @@ class BertPreTrainedModel(nn.Module):
             raise TypeError(f"config: want bert_fast.BertConfig, got {type(config).__name__}")
         config.validate()
         self.config = config
+        self.register_state_dict_post_hook(_copy_tied)
 
     def post_init(self) -> None:
         """Initialise the parameters and tie those that are one; ends each model's __init__."""
@@ -162,8 +163,7 @@ class BertPreTrainedModel(nn.Module):
 
     def _fill(self, match: checkpoint.Match, dtype: torch.dtype) -> None:
         """Give a model made on the meta device its tensors, and initialise what is left."""
-        # copies, not the mapped file: it may be written to while the model lives
-        loaded = {name: t.to(dtype, copy=True) for name, t in match.tensors.items()}
+        loaded = {name: t.to(dtype) for name, t in match.tensors.items()}
         self.load_state_dict(loaded, strict=False, assign=True)
         if match.untied:  # said in the config too, so that a saved model is loaded as it is
             self.config.tie_word_embeddings = False
@@ -205,7 +205,12 @@ class BertPreTrainedModel(nn.Module):
             return
         config = self.config
         config.architectures, config.dtype = [type(self).__name__], self.dtype
-        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if config.tie_word_embeddings:
+            for name, original in self.tied_weights.items():
+                if {name, original} <= tensors.keys():
+                    if torch.equal(tensors[name], tensors[original]):
+                        del tensors[name]
         checkpoint.save_tensors(
             save_directory, tensors, config=config, max_shard_size=max_shard_size
         )
@@ -388,6 +393,21 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield module, name, parameter
+
+
+def _copy_tied(
+    model: BertPreTrainedModel, state: dict[str, Tensor], prefix: str, _metadata: dict
+) -> None:
+    """Give tied names of a state dict a copy: savers of safetensors refuse shared memory.
+
+    transformers' Trainer is one. With keep_vars=True parameters stay what they are.
+    """
+    for name, original in model.tied_weights.items():
+        tied = state.get(prefix + name)
+        if tied is not None and not isinstance(tied, nn.Parameter):
+            shared = state.get(prefix + original)
+            if shared is not None and shared.data_ptr() == tied.data_ptr():
+                state[prefix + name] = tied.clone()
 
 
 def _is_head(name: str) -> bool:
