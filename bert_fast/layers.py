@@ -17,7 +17,8 @@ from bert_fast.packing import Layout, PackedBatch
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Return whether reading the module's parameters does what calling it would."""
     return type(module) is cls and not (
-        module._forward_hooks
+        "forward" in module.__dict__  # set on the instance, as accelerate does to offload weights
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -59,7 +60,7 @@ def add_layer_norm(
     site: int,
 ) -> Tensor:
     """Return norm(dropout(x) + residual) for rows x and residual (T, D)."""
-    if is_plain(norm, nn.LayerNorm):
+    if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
         p = dropout_p(dropout, seed)
         return ops.add_layer_norm(
             x, residual, norm.weight, norm.bias, norm.eps, p=p, seed=seed, site=site
@@ -91,9 +92,11 @@ class BertEmbeddings(nn.Module):
             word, pad_id = self.word_embeddings.weight, self.word_embeddings.padding_idx
         elif tokens is not None:
             tokens, word = None, self.word_embeddings(tokens)
-        plain = is_plain(self.LayerNorm, nn.LayerNorm) and all(
-            is_plain(t, nn.Embedding)
-            for t in (self.position_embeddings, self.token_type_embeddings)
+        plain = (
+            is_plain(self.position_embeddings, nn.Embedding)
+            and is_plain(self.token_type_embeddings, nn.Embedding)
+            and is_plain(self.LayerNorm, nn.LayerNorm)
+            and is_plain(self.dropout, nn.Dropout)
         )
         if not plain:
             word = nn.functional.embedding(tokens, word, pad_id) if tokens is not None else word
@@ -206,10 +209,11 @@ def attention_probs(
         return probs
     columns = layout.columns()
     factors = probs.new_zeros(B, H, L, L)
+    dtype = probs.dtype
     for b, first, last in reference.sequences(layout.cu_seqlens):
         at = columns[first:last]
-        kept = reference.attention_dropout(p, seed, site, b, H, last - first)
-        factors[b, :, at[:, None], at[None, :]] = kept.to(probs.dtype)
+        kept = reference.attention_dropout(p, seed, site, b, H, last - first, dtype)
+        factors[b, :, at[:, None], at[None, :]] = kept
     return probs * factors
 
 

@@ -127,6 +127,8 @@ class BertModel(BertPreTrainedModel):
         if not torch.compiler.is_compiling():
             config.validate()
         options = _check_options(options, config)
+        if isinstance(inputs_embeds, Tensor):
+            self._check_embeds(inputs_embeds)
         batch = pack(
             input_ids,
             attention_mask,
@@ -162,6 +164,17 @@ class BertModel(BertPreTrainedModel):
         )
         return out if self.wants_dict(return_dict) else out.to_tuple()
 
+    def _check_embeds(self, inputs_embeds: Tensor) -> None:
+        """Raise unless inputs_embeds (B, L, D) fits the other embeddings."""
+        table = self.embeddings.position_embeddings.weight
+        if not inputs_embeds.is_floating_point() or (
+            torch.promote_types(inputs_embeds.dtype, table.dtype) != table.dtype
+        ):
+            raise TypeError(f"inputs_embeds: want {table.dtype}, got {inputs_embeds.dtype}")
+        if inputs_embeds.ndim == 3 and inputs_embeds.shape[2] != table.shape[1]:
+            want = f"(B, L, {table.shape[1]})"
+            raise ValueError(f"inputs_embeds: want {want}, got {[*inputs_embeds.shape]}")
+
 
 def _check_options(options: dict, config: BertConfig) -> dict:
     """Return every option of ForwardOptions, the config's value where it is absent or None."""
@@ -178,6 +191,8 @@ def _check_options(options: dict, config: BertConfig) -> dict:
     for name in ("output_hidden_states", "output_attentions"):
         if options[name] is None:
             options[name] = bool(getattr(config, name))
+    if options["max_length_q"] is not None and options["cu_seq_lens_q"] is None:
+        raise ValueError("max_length_q: want cu_seq_lens_q beside it, got None")
     for name in ("cu_seq_lens", "max_length"):
         q, k = options[f"{name}_q"], options[f"{name}_k"]
         if k is not None and (q is None or not _same(q, k)):
@@ -190,5 +205,6 @@ def _same(q: Tensor | int, k: Tensor | int) -> bool:
     if q is k:
         return True
     if isinstance(q, Tensor) and isinstance(k, Tensor):
-        return q.shape == k.shape and (q.device.type != "cpu" or torch.equal(q, k))
+        looked_at = q.device.type == "cpu" and not torch.compiler.is_compiling()
+        return q.shape == k.shape and (not looked_at or torch.equal(q, k))
     return int(q) == int(k)

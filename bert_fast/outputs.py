@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
 class ModelOutput(dict):
@@ -28,6 +29,13 @@ class ModelOutput(dict):
         """Take the annotated names as the fields."""
         super().__init_subclass__(**kwargs)
         cls.fields = tuple(cls.__annotations__)
+        # DDP's static graph, FSDP and torch.export look for tensors through this
+        register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), tuple(out)),
+            lambda values, names: cls(zip(names, values, strict=True)),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **fields: Any):
         given = dict(values, **fields)

@@ -137,6 +137,19 @@ def pack(
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"want exactly one of input_ids and inputs_embeds, got {got}")
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+        "cu_seq_lens_q": cu_seqlens,
+    }
+    for name, value in inputs.items():
+        if value is not None:
+            check_tensor(name, value)
+    if input_ids is not None:
+        check_integers("input_ids", input_ids)
     if input_ids is not None and input_ids.ndim != 2:
         raise ValueError(f"input_ids: want (B, L), got {[*input_ids.shape]}")
     if inputs_embeds is not None and inputs_embeds.ndim != 3:
@@ -153,7 +166,9 @@ def pack(
         layout = _full_layout(shape, given.device)
     else:
         layout = _masked_layout(attention_mask, shape)
-    longest = layout.max_len if layout.packed else shape[1]
+    longest = shape[1]
+    if layout.packed:  # an unknown length passes: compiling, it is not looked at
+        longest = layout.max_len if max_len is not None or not torch.compiler.is_compiling() else 0
     if positions is None and longest > max_positions:
         raise ValueError(
             f"sequence length: want at most max_position_embeddings = {max_positions},"
@@ -169,13 +184,29 @@ def pack(
     )
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless the argument is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: want a Tensor, got {type(value).__name__}")
+
+
+def check_integers(name: str, value: object) -> None:
+    """Raise TypeError unless the argument is a tensor of integers."""
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: want integers, got {value.dtype}")
+
+
 def _per_token(name: str, ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """Return ids (B, L), from ids (B, L) or (1, L)."""
     if ids is None:
         return None
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(f"{name}: want integers, got {ids.dtype}")
-    if ids.ndim != 2 or ids.shape[0] not in (1, shape[0]) or ids.shape[1] != shape[1]:
+    check_integers(name, ids)
+    if (
+        ids.ndim != 2
+        or ids.shape[1] != shape[1]
+        or (ids.shape[0] != 1 and ids.shape[0] != shape[0])
+    ):
         raise ValueError(f"{name}: want {[*shape]} or {[1, shape[1]]}, got {[*ids.shape]}")
     return ids.expand(shape)
 
@@ -197,10 +228,12 @@ def _masked_layout(mask: Tensor, shape: tuple[int, int]) -> Layout:
         raise ValueError(f"attention_mask: want {[*shape]}, got {[*mask.shape]}")
     compiling = torch.compiler.is_compiling()
     if mask.dtype != torch.bool:
-        if mask.device.type == "cpu" and not compiling and (mask < 0).any():
+        if mask.is_complex():
+            raise TypeError(f"attention_mask: want bool, integers or floating, got {mask.dtype}")
+        if mask.device.type == "cpu" and not compiling and not (mask >= 0).all():
             raise ValueError(
-                "attention_mask: want 1 for a token and 0 for padding, got a negative value"
-                " (an additive mask?)"
+                "attention_mask: want 1 for a token and 0 for padding, got a negative value or"
+                " NaN (an additive mask?)"
             )
         mask = mask != 0
     rows, cu_seqlens, max_len = ops.unpad(mask)
@@ -213,16 +246,19 @@ def _masked_layout(mask: Tensor, shape: tuple[int, int]) -> Layout:
 def _packed_layout(
     cu_seqlens: Tensor, max_len: int | Tensor | None, shape: tuple[int, int]
 ) -> Layout:
+    check_integers("cu_seq_lens_q", cu_seqlens)
     if shape[0] != 1:
         raise ValueError(f"inputs beside cu_seq_lens_q: want (1, T), got {[*shape]}")
-    if cu_seqlens.is_floating_point():
-        raise TypeError(f"cu_seq_lens_q: want integers, got {cu_seqlens.dtype}")
-    if max_len is None:
-        max_len = cu_seqlens.diff().max() if cu_seqlens.numel() > 1 else 0
-    max_len, cu_seqlens = int(max_len), cu_seqlens.to(torch.int32)
-    ops.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, shape[1], max_len)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if max_len is None and compiling:  # a bound is enough, and reading one would break the graph
+        max_len = shape[1]
+    elif max_len is None:
+        max_len = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    elif int(max_len) != max_len:
+        raise TypeError(f"max_length_q: want an integer, got {max_len}")
+    ops.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, shape[1], int(max_len))
+    if cu_seqlens.device.type == "cpu" and not compiling:
         last = int(cu_seqlens[-1])
         if last != shape[1]:
             raise ValueError(f"cu_seq_lens_q: want {shape[1]} (T) last, got {last}")
-    return Layout(shape, cu_seqlens, max_len, packed=True)
+    return Layout(shape, cu_seqlens.to(torch.int32), int(max_len), packed=True)

@@ -32,6 +32,7 @@ class BertPreTrainedModel(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     tied_weights: ClassVar[dict[str, str]] = {}  # parameter -> the one that it is
+    _keys_to_ignore_on_save: ClassVar[None] = None  # transformers' Trainer asks when it resumes
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -40,6 +41,7 @@ class BertPreTrainedModel(nn.Module):
         config.validate()
         self.config = config
         self.register_state_dict_post_hook(_copy_tied)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     def post_init(self) -> None:
         """Initialise the parameters and tie those that are one; ends each model's __init__."""
@@ -163,14 +165,14 @@ class BertPreTrainedModel(nn.Module):
 
     def _fill(self, match: checkpoint.Match, dtype: torch.dtype) -> None:
         """Give a model made on the meta device its tensors, and initialise what is left."""
-        loaded = {name: t.to(dtype) for name, t in match.tensors.items()}
-        self.load_state_dict(loaded, strict=False, assign=True)
         if match.untied:  # said in the config too, so that a saved model is loaded as it is
             self.config.tie_word_embeddings = False
-        tied = {id(self.get_parameter(name)) for name in match.tied}
+        loaded = {name: t.to(dtype) for name, t in match.tensors.items()}
+        self.load_state_dict(loaded, strict=False, assign=True)
+        tied = {self._owner(name) for name in match.tied}
         with torch.no_grad():
             for module, name, parameter in list(_own_parameters(self)):
-                if parameter.is_meta and id(parameter) not in tied:
+                if parameter.is_meta and (module, name) not in tied:
                     made = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="cpu"))
                     self._init_parameter(module, name, made)
                     setattr(module, name, made)
@@ -255,8 +257,12 @@ class BertPreTrainedModel(nn.Module):
                 self._tie(name, original)
 
     def _tie(self, name: str, original: str) -> None:
-        owner, _, attribute = name.rpartition(".")
-        setattr(self.get_submodule(owner), attribute, self.get_parameter(original))
+        setattr(*self._owner(name), self.get_parameter(original))
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module that holds a parameter, and its name there."""
+        module, _, attribute = name.rpartition(".")
+        return self.get_submodule(module), attribute
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embeddings."""
@@ -408,6 +414,11 @@ def _copy_tied(
             shared = state.get(prefix + original)
             if shared is not None and shared.data_ptr() == tied.data_ptr():
                 state[prefix + name] = tied.clone()
+
+
+def _tie_again(model: BertPreTrainedModel, _keys: object) -> None:
+    """Tie after load_state_dict: with assign=True it gives tied names parameters of their own."""
+    model.tie_weights()
 
 
 def _is_head(name: str) -> bool:

@@ -58,7 +58,14 @@ def dropout_threshold(p: float) -> int:
 
 
 def dropout_factors(
-    p: float, seed: Tensor, site: int, row: Tensor, width: int, c2: Tensor, c3: Tensor
+    p: float,
+    seed: Tensor,
+    site: int,
+    row: Tensor,
+    width: int,
+    c2: Tensor,
+    c3: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return what dropout multiplies by: 0, or 1 / (share kept).
 
@@ -73,9 +80,10 @@ def dropout_factors(
         width: columns in a row.
         c2: int64 counters.
         c3: int64 counters.
+        dtype: of the result.
 
     Returns:
-        (..., width) fp32.
+        (..., width).
     """
     threshold = dropout_threshold(p)
     groups = torch.arange((width + 7) // 8, device=seed.device)
@@ -84,7 +92,7 @@ def dropout_factors(
     halves = [half for w in words for half in (w & 0xFFFF, w >> 16)]
     bits = torch.stack(halves, dim=-1).flatten(-2)[..., :width]
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    return (bits >= threshold).to(torch.float32) * scale
+    return (bits >= threshold).to(dtype) * scale
 
 
 def _row_dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
@@ -93,7 +101,7 @@ def _row_dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor 
         return None
     row = torch.arange(x.shape[0], device=x.device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    return dropout_factors(p, seed, site, row, x.shape[1], zero, zero).to(x.dtype)
+    return dropout_factors(p, seed, site, row, x.shape[1], zero, zero, x.dtype)
 
 
 # --- LayerNorm -----------------------------------------------------------------------------------
@@ -176,12 +184,12 @@ def embed(
     p: float,
     seed: Tensor | None,
     site: int,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (y, z, mean, rstd) of y = dropout(LayerNorm(z)), z the sum of three table rows.
 
     Without tokens, `word` holds one row per token already.
     """
-    dtype = torch.promote_types(word.dtype, w.dtype)
     rows = word if tokens is None else word[tokens]
     rows, table, kinds = _wide(rows, position, type_)
     z = rows + kinds[types] + table[positions]
@@ -189,7 +197,7 @@ def embed(
     factors = _row_dropout(y, p, seed, site)
     if factors is not None:
         y = y * factors
-    return y.to(dtype), z.to(dtype), mean, rstd
+    return y.to(out_dtype), z.to(out_dtype), mean, rstd
 
 
 def embed_bwd(
@@ -225,21 +233,30 @@ def embed_bwd(
 # --- activations ---------------------------------------------------------------------------------
 
 _TANH_FORMS = ("gelu_new", "gelu_pytorch_tanh")
+_TANH_SCALE = (2 / torch.pi) ** 0.5
 
 
 def activation(x: Tensor, name: str) -> Tensor:
     """Return gelu (exact, erf), gelu_new or gelu_pytorch_tanh (tanh form), or relu of x."""
     if name == "relu":
         return torch.relu(x)
-    return F.gelu(x, approximate="tanh" if name in _TANH_FORMS else "none")
+    # not F.gelu: on the CPU it computes the last few elements another way, so that the bits of a
+    # row would depend on how many rows there are
+    inner = _TANH_SCALE * (x + 0.044715 * x**3) if name in _TANH_FORMS else x * 0.5**0.5
+    cdf = inner.tanh_() if name in _TANH_FORMS else inner.erf_()
+    return cdf.add_(1).mul_(x).mul_(0.5)
 
 
 def activation_bwd(dy: Tensor, x: Tensor, name: str) -> Tensor:
     """Return dy times the derivative of `activation` at x."""
     if name == "relu":
         return torch.where(x > 0, dy, 0)
-    form = "tanh" if name in _TANH_FORMS else "none"
-    return torch.ops.aten.gelu_backward(dy, x, approximate=form)
+    if name in _TANH_FORMS:
+        t = torch.tanh(_TANH_SCALE * (x + 0.044715 * x**3))
+        inner = _TANH_SCALE * (1 + 3 * 0.044715 * x * x)
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner)
+    density = torch.exp(-0.5 * x * x) / (2 * torch.pi) ** 0.5
+    return dy * (0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * density)
 
 
 def bias_gelu(x: Tensor, b: Tensor | None, name: str) -> Tensor:
@@ -289,7 +306,13 @@ def sequences(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def attention_dropout(
-    p: float, seed: Tensor | None, site: int, sequence: int, heads: int, length: int
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    sequence: int,
+    heads: int,
+    length: int,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Return the (H, n, n) factors of one sequence's probabilities, or None without dropout."""
     if seed is None or p == 0:
@@ -297,7 +320,7 @@ def attention_dropout(
     row = torch.arange(length, device=seed.device)[None, :, None]
     head = torch.arange(heads, device=seed.device)[:, None, None]
     c2 = torch.full((), sequence, dtype=torch.int64, device=seed.device)
-    return dropout_factors(p, seed, site, row, length, c2, head)
+    return dropout_factors(p, seed, site, row, length, c2, head, dtype)
 
 
 def attention(
@@ -314,7 +337,7 @@ def attention(
         largest = scores.amax(-1, keepdim=True)
         weights = scores.sub_(largest).exp_()  # in 0 to 1; the sum divides after the product
         total = weights.sum(-1, keepdim=True)
-        factors = attention_dropout(p, seed, site, b, H, last - first)
+        factors = attention_dropout(p, seed, site, b, H, last - first, wide)
         if factors is not None:
             weights = weights * factors
         part = (weights.to(qkv.dtype).to(wide) @ v) / total
@@ -348,7 +371,7 @@ def attention_bwd(
         probs = ((q * K**-0.5) @ k.mT).softmax(-1)
         d_probs = d_o @ v.mT
         dropped = probs
-        factors = attention_dropout(p, seed, site, b, H, last - first)
+        factors = attention_dropout(p, seed, site, b, H, last - first, wide)
         if factors is not None:
             dropped, d_probs = probs * factors, d_probs * factors
         d_scores = probs * d_probs

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.layers import BertEncoder, BertSelfAttention, is_plain
+from bert_fast.layers import Activation, BertEncoder, BertSelfAttention, is_plain
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,14 @@ class Report:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-_PLAIN = {"Linear": nn.Linear, "Embedding": nn.Embedding, "LayerNorm": nn.LayerNorm}
-_ROLES = {  # names in the module tree -> the class whose parameters are read directly
-    "query": "Linear",
-    "key": "Linear",
-    "value": "Linear",
-    "dense": "Linear",
-    "decoder": "Linear",
-    "classifier": "Linear",
-    "qa_outputs": "Linear",
-    "seq_relationship": "Linear",
-    "word_embeddings": "Embedding",
-    "position_embeddings": "Embedding",
-    "token_type_embeddings": "Embedding",
-    "LayerNorm": "LayerNorm",
+_FUSED = {  # names in the module tree -> the class that is not called, but read by an op
+    **dict.fromkeys(("query", "key", "value", "dense", "decoder"), nn.Linear),
+    **dict.fromkeys(("classifier", "qa_outputs", "seq_relationship"), nn.Linear),
+    **dict.fromkeys(("word_embeddings", "position_embeddings"), nn.Embedding),
+    "token_type_embeddings": nn.Embedding,
+    "LayerNorm": nn.LayerNorm,
+    "dropout": nn.Dropout,
+    **dict.fromkeys(("intermediate_act_fn", "transform_act_fn"), Activation),
 }
 
 
@@ -91,14 +85,15 @@ def report(model: nn.Module | None = None) -> Report:
 
 
 def _notes(model: nn.Module) -> list[str]:
-    notes = []
     if not any(isinstance(m, BertSelfAttention) for m in model.modules()):
-        notes.append(f"{type(model).__name__} has no encoder of bert_fast: nothing is accelerated")
+        return [f"{type(model).__name__} has no encoder of bert_fast: nothing is accelerated"]
+    notes = []
     called: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        role = _ROLES.get(name.rpartition(".")[2])
-        if role is not None and not is_plain(module, _PLAIN[role]):
-            called.setdefault(type(module).__name__, []).append(name)
+        fused = _FUSED.get(name.rpartition(".")[2])
+        if fused is not None and not is_plain(module, fused):
+            kind = type(module)
+            called.setdefault(f"{kind.__module__}.{kind.__qualname__}", []).append(name)
     for kind, names in called.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         notes.append(f"called as it is, not fused ({kind}, or with hooks): {names[0]}{more}")

@@ -10,6 +10,7 @@ from bert_fast.config import BertConfig
 from bert_fast.heads import losses
 from bert_fast.model import BertModel, Encoded
 from bert_fast.outputs import LogitsOutput
+from bert_fast.packing import check_tensor
 from bert_fast.pretrained import BertPreTrainedModel
 
 
@@ -62,7 +63,8 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         logits = encoded.sequence_logits(self.cls.seq_relationship)
         loss = None
         if labels is not None:
-            target = losses.sequence_labels(labels, encoded.layout.nonempty())
+            nonempty = encoded.layout.nonempty()
+            target = losses.sequence_labels("labels", labels, logits.shape[0], nonempty)
             loss = losses.cross_entropy(logits, target)
         return self.output(LogitsOutput, encoded, return_dict, loss=loss, logits=logits)
 
@@ -110,23 +112,28 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return self.output(LogitsOutput, encoded, return_dict, loss=loss, logits=logits)
 
     def _loss(self, logits: Tensor, labels: Tensor, encoded: Encoded) -> Tensor:
-        config, nonempty = self.config, encoded.layout.nonempty()
-        if config.problem_type is None:
-            if self.num_labels == 1:
-                config.problem_type = "regression"
-            elif labels.is_floating_point():
-                config.problem_type = "multi_label_classification"
-            else:
-                config.problem_type = "single_label_classification"
-        if config.problem_type == "single_label_classification":
-            return losses.cross_entropy(logits, losses.sequence_labels(labels, nonempty))
-        if labels.numel() != logits.numel():
-            raise ValueError(f"labels: want {[*logits.shape]}, got {[*labels.shape]}")
-        wide = losses.wide(logits)
-        target = labels.view_as(logits).to(wide.dtype)
-        loss = F.mse_loss if config.problem_type == "regression" else _binary_cross_entropy
-        total = losses.row_mean(loss(wide, target, reduction="none"), nonempty)
-        return total.to(losses.loss_dtype(logits))
+        check_tensor("labels", labels)
+        problem, nonempty = self.config.problem_type, encoded.layout.nonempty()
+        if problem is None and self.num_labels == 1:
+            problem = "regression"
+        elif problem is None:
+            kind = "multi" if labels.is_floating_point() else "single"
+            problem = f"{kind}_label_classification"
+        if problem == "single_label_classification":
+            target = losses.sequence_labels("labels", labels, logits.shape[0], nonempty)
+            loss = losses.cross_entropy(logits, target)
+        else:
+            if labels.shape != logits.shape and (self.num_labels > 1 or labels.ndim != 1):
+                raise ValueError(f"labels: want {[*logits.shape]}, got {[*labels.shape]}")
+            if labels.numel() != logits.numel():
+                raise ValueError(f"labels: want {[logits.shape[0]]}, got {[*labels.shape]}")
+            wide = losses.wide(logits)
+            target = labels.view_as(logits).to(wide.dtype)
+            error = F.mse_loss if problem == "regression" else _binary_cross_entropy
+            total = losses.row_mean(error(wide, target, reduction="none"), nonempty)
+            loss = total.to(losses.loss_dtype(logits))
+        self.config.problem_type = problem
+        return loss
 
 
 _binary_cross_entropy = F.binary_cross_entropy_with_logits
@@ -178,7 +185,8 @@ class BertForMultipleChoice(BertPreTrainedModel):
         if labels is not None:
             nonempty = encoded.layout.nonempty()
             nonempty = None if nonempty is None else nonempty.view(B, C).any(1)
-            loss = losses.cross_entropy(logits, losses.sequence_labels(labels, nonempty))
+            target = losses.sequence_labels("labels", labels, B, nonempty)
+            loss = losses.cross_entropy(logits, target)
         return self.output(LogitsOutput, encoded, return_dict, loss=loss, logits=logits)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from bert_fast import ops
-from bert_fast.packing import Layout
+from bert_fast.packing import Layout, check_integers
 from bert_fast.reference import IGNORE
 
 
@@ -16,8 +16,8 @@ def wide(x: Tensor) -> Tensor:
 
 def loss_dtype(logits: Tensor) -> torch.dtype:
     """Return the dtype of eager's loss for these logits: fp32 at least under autocast."""
-    autocast = torch.is_autocast_enabled(logits.device.type)
-    return torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return wide if ops.is_autocast(logits.device.type) else logits.dtype
 
 
 def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None = None) -> Tensor:
@@ -30,7 +30,12 @@ def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None = No
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, ignore: int = IGNORE
+    logits: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    *,
+    ignore: int = IGNORE,
+    name: str = "labels",
 ) -> Tensor:
     """Mean cross entropy over the rows whose label is not `ignore`; 0 when there are none.
 
@@ -39,16 +44,15 @@ def cross_entropy(
         labels: (N,) int64: 0 to C - 1, or `ignore`.
         num_items: divisor in place of the number of labelled rows.
         ignore: label of a row that takes no part.
+        name: of the labels, for errors.
 
     Returns:
         (), in the dtype of the logits (fp32 under autocast).
 
     Raises:
-        ValueError: a label is out of range (seen on the CPU), or there are not N of them.
+        ValueError: a label is out of range (seen on the CPU).
     """
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels: want {logits.shape[0]} of them, got {[*labels.shape]}")
-    ops.check_range("cross_entropy", "labels", labels, logits.shape[1], ignore=ignore)
+    ops.check_range("cross_entropy", name, labels, logits.shape[1], ignore=ignore)
     total = F.cross_entropy(wide(logits), labels, reduction="sum", ignore_index=ignore)
     return mean(total, (labels != ignore).sum(), num_items).to(loss_dtype(logits))
 
@@ -61,25 +65,35 @@ def row_mean(losses: Tensor, nonempty: Tensor | None) -> Tensor:
     return mean(kept.sum(), nonempty.sum() * losses.shape[1])
 
 
-def sequence_labels(labels: Tensor, nonempty: Tensor | None) -> Tensor:
-    """Return class labels (B,) as int64, `IGNORE` where a sequence is empty."""
-    labels = _integers(labels.reshape(-1))
+def sequence_labels(name: str, labels: Tensor, count: int, nonempty: Tensor | None) -> Tensor:
+    """Return class labels (count,) as int64, `IGNORE` where a sequence is empty.
+
+    Args:
+        name: of the argument, for errors.
+        labels: (count,) or (count, 1) integers.
+        count: number of sequences.
+        nonempty: (count,) bool, or None: all are.
+    """
+    labels = integers(name, labels)
+    if labels.numel() != count:
+        raise ValueError(f"{name}: want {[count]}, got {[*labels.shape]}")
+    labels = labels.reshape(-1)
     return labels if nonempty is None else torch.where(nonempty, labels, IGNORE)
 
 
 def token_labels(labels: Tensor, layout: Layout) -> Tensor:
     """Return labels (T,) as int64, of labels (B, L)."""
+    labels = integers("labels", labels)
     if tuple(labels.shape) != tuple(layout.shape):
         raise ValueError(f"labels: want {[*layout.shape]}, got {[*labels.shape]}")
-    return _integers(layout.gather(labels))
+    return layout.gather(labels)
 
 
-def _integers(labels: Tensor) -> Tensor:
+def integers(name: str, labels: Tensor) -> Tensor:
     """Return labels as int64.
 
     Raises:
-        TypeError: they are not integers.
+        TypeError: they are not a tensor of integers.
     """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: want integers, got {labels.dtype}")
+    check_integers(name, labels)
     return labels.to(torch.int64)

@@ -227,8 +227,8 @@ class BertForPreTraining(_MaskedLMModel):
         )
         nsp = encoded.sequence_logits(self.cls.seq_relationship)
         if loss is not None:
-            nonempty = encoded.layout.nonempty()
-            target = losses.sequence_labels(next_sentence_label, nonempty)
-            loss = loss + losses.cross_entropy(nsp, target)
+            name, nonempty = "next_sentence_label", encoded.layout.nonempty()
+            target = losses.sequence_labels(name, next_sentence_label, nsp.shape[0], nonempty)
+            loss = loss + losses.cross_entropy(nsp, target, name=name)
         fields = {"prediction_logits": logits, "seq_relationship_logits": nsp}
         return self.output(PreTrainingOutput, encoded, return_dict, loss=loss, **fields)

@@ -78,9 +78,10 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 def _columns(name: str, positions: Tensor, layout: Layout) -> Tensor:
     """Return positions (B,) from 0 to L, where L says that there is none."""
     B, L = layout.shape
-    if positions.numel() != B:
-        raise ValueError(f"{name}: want {B} of them, got {[*positions.shape]}")
-    columns = positions.reshape(B).to(torch.int64).clamp(0, L)
+    columns = losses.integers(name, positions)
+    if columns.numel() != B:
+        raise ValueError(f"{name}: want {[B]}, got {[*columns.shape]}")
+    columns = columns.reshape(B).clamp(0, L)
     if layout.rows is None or torch.compiler.is_compiling():
         return columns
     real = nn.functional.pad(layout.mask(), (0, 1), value=True)

@@ -11,7 +11,7 @@ from bert_fast.ops.embedding import embed
 from bert_fast.ops.gelu import ACTIVATIONS, gelu
 from bert_fast.ops.layer_norm import add_layer_norm, layer_norm
 from bert_fast.ops.linear import linear, linear_gelu
-from bert_fast.ops.registry import Implementation, autocast, check_range, implementations
+from bert_fast.ops.registry import Implementation, check_range, implementations, is_autocast
 from bert_fast.ops.unpad import unpad
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "Implementation",
     "add_layer_norm",
     "attention",
-    "autocast",
     "check_cu_seqlens",
     "check_range",
     "embed",
     "gelu",
     "implementations",
+    "is_autocast",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -53,7 +53,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("attention")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, seed = ctx.saved_tensors
         dqkv = _bwd(do.contiguous(), *tensors, ctx.max_len, ctx.p, seed, ctx.site)
@@ -61,12 +61,10 @@ class _Attention(torch.autograd.Function):
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, T: int, max_len: int) -> None:
-    """Raise unless cu_seqlens is (B + 1,) int32, 0 first, in steps of 0 to max_len, at most T.
+    """Raise unless cu_seqlens is (B + 1,), 0 first, in steps of 0 to max_len, at most T.
 
     The values are looked at on the CPU only: elsewhere that would wait for the device.
     """
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{op}: cu_seqlens: want int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
         raise ValueError(f"{op}: cu_seqlens: want (B + 1,), got {[*cu_seqlens.shape]}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -112,9 +110,11 @@ def attention(
     registry.check_float(op, qkv=qkv)
     (qkv,) = registry.autocast(qkv)
     registry.check_shape(op, "qkv", qkv, (None, 3, None, None), "(T, 3, H, K)")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{op}: cu_seqlens: want int32, got {cu_seqlens.dtype}")
     check_cu_seqlens(op, cu_seqlens, qkv.shape[0], max_len)
     registry.check_same(op, "device", qkv=qkv, cu_seqlens=cu_seqlens)
-    registry.check_dropout(op, p, seed)
+    registry.check_dropout(op, p, seed, qkv.device)
     seed = seed if p > 0 else None
     args = qkv.contiguous(), cu_seqlens.contiguous(), max_len, p, seed, site
     if registry.needs_grad(op, qkv):

@@ -34,11 +34,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("linear_cross_entropy")
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = zip(ctx.saved_tensors, need, strict=True)
-        return *(g * d_loss.to(g.dtype) if n else None for g, n in grads), None
+        # in the loss's dtype: its gradient need not fit into 16 bits (a mean, a loss scale)
+        return *((g * d_loss.expand_as(g)).to(g.dtype) if n else None for g, n in grads), None
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:

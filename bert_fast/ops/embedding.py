@@ -1,5 +1,6 @@
 """Word + position + type embeddings, LayerNorm, dropout."""
 
+import functools
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ def _fwd_fake(
     position: Tensor,
     type_: Tensor,
     w: Tensor,
-    *_: Any,
+    b: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, D = position_ids.shape[0], word.shape[1]
-    dtype = torch.promote_types(word.dtype, w.dtype)
-    wide = torch.promote_types(torch.promote_types(dtype, position.dtype), torch.float32)
-    wide = torch.promote_types(wide, type_.dtype)
-    rows = (word.new_empty(T, D, dtype=dtype) for _ in range(2))
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in (word, position, type_, w)))
+    wide = torch.promote_types(wide, torch.float32)
+    rows = (word.new_empty(T, D, dtype=out_dtype) for _ in range(2))
     stats = (word.new_empty(T, dtype=wide) for _ in range(2))
     return *rows, *stats
 
@@ -49,7 +54,7 @@ def _bwd_fake(
 _fwd = registry.register(
     "embed(Tensor? input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,"
     " Tensor position, Tensor type_, Tensor w, Tensor b, float eps, float p, Tensor? seed,"
-    " int site) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    " int site, ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     reference=reference.embed,
     fake=_fwd_fake,
 )
@@ -80,21 +85,22 @@ class _Embed(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         site: int,
+        out_dtype: torch.dtype,
     ) -> Tensor:
         inputs = input_ids, position_ids, token_type_ids, word, position, type_, w
-        y, *saved = _fwd(*inputs, b, eps, p, seed, site)
+        y, *saved = _fwd(*inputs, b, eps, p, seed, site, out_dtype)
         ctx.save_for_backward(*inputs, *saved, seed)
         ctx.pad_id, ctx.p, ctx.site, ctx.b_dtype = pad_id, p, site, b.dtype
         return y
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("embed")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, seed = ctx.saved_tensors
         args = dy.contiguous(), *tensors, ctx.pad_id, ctx.p, seed, ctx.site
         dword, dposition, dtype, dw, db = _bwd(*args)
         grads = dword, dposition, dtype, dw, db.to(ctx.b_dtype)
-        return None, None, None, *grads, None, None, None, None, None
+        return None, None, None, *grads, None, None, None, None, None, None
 
 
 def embed(
@@ -131,7 +137,7 @@ def embed(
         site: number of this dropout in the model.
 
     Returns:
-        (T, D) in the dtype to which word and w promote.
+        (T, D) in the dtype to which the tables promote; fp32 under CUDA autocast, as eager's.
 
     Raises:
         ValueError: a shape, a device, p or the seed does not fit; an id is out of range (seen on
@@ -142,9 +148,9 @@ def embed(
     op = "embed"
     tables = {"word": word, "position": position, "type_": type_}
     registry.check_float(op, **tables, w=w, b=b)
+    registry.check_shape(op, "w", w, (None,), "(D,)")
     for name, table in tables.items():
-        registry.check_shape(op, name, table, (None, w.shape[0] if w.ndim else None), "(rows, D)")
-    registry.check_shape(op, "w", w, (word.shape[1],), "(D,)")
+        registry.check_shape(op, name, table, (None, w.shape[0]), "(rows, D)")
     registry.check_shape(op, "b", b, (word.shape[1],), "(D,)")
     T = word.shape[0] if input_ids is None else input_ids.shape[0] if input_ids.ndim else None
     ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
@@ -156,9 +162,13 @@ def embed(
         registry.check_shape(op, name, t, (T,), "(T,)")
         registry.check_range(op, name, t, table.shape[0])
     registry.check_same(op, "device", **ids, **tables, w=w, b=b)
-    registry.check_dropout(op, p, seed)
+    registry.check_dropout(op, p, seed, word.device)
     seed = seed if p > 0 else None
+    out_dtype = functools.reduce(torch.promote_types, (t.dtype for t in tables.values()))
+    if word.is_cuda and registry.is_autocast("cuda"):
+        out_dtype = torch.promote_types(out_dtype, torch.float32)
     inputs = input_ids, position_ids, token_type_ids, word, position, type_, w, b, eps
     if registry.needs_grad(op, word, position, type_, w, b):
-        return _Embed.apply(*inputs, -1 if pad_id is None else pad_id, p, seed, site)
-    return _fwd(*inputs, p, seed, site)[0]
+        pad_id = -1 if pad_id is None else pad_id
+        return _Embed.apply(*inputs, pad_id, p, seed, site, out_dtype)
+    return _fwd(*inputs, p, seed, site, out_dtype)[0]

@@ -38,7 +38,7 @@ class _BiasGelu(torch.autograd.Function):
         return _fwd(x, b, activation)
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("gelu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, b = ctx.saved_tensors
         dx, db = bias_gelu_bwd(dy.contiguous(), x, b, ctx.activation)

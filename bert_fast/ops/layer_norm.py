@@ -21,6 +21,7 @@ def _fwd_fake(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    wide = wide if residual is None else torch.promote_types(wide, residual.dtype)
     y = x.new_empty(x.shape, dtype=out_dtype)
     z = x.new_empty((0,) if residual is None and p == 0 else x.shape, dtype=out_dtype)
     mean, rstd = (x.new_empty(x.shape[0], dtype=wide) for _ in range(2))
@@ -81,7 +82,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("add_layer_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, w, mean, rstd, seed = ctx.saved_tensors
         args = dy.contiguous(), z, w, mean, rstd, ctx.p, seed, ctx.site, ctx.x_dtype
@@ -125,15 +126,15 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     registry.check_float(op, x=x, residual=residual, w=w, b=b)
-    registry.check_shape(op, "x", x, (None, w.shape[0] if w.ndim else None), "(T, D)")
+    registry.check_shape(op, "w", w, (None,), "(D,)")
+    registry.check_shape(op, "x", x, (None, w.shape[0]), "(T, D)")
     if residual is not None:
         registry.check_shape(op, "residual", residual, tuple(x.shape), "(T, D)")
-    registry.check_shape(op, "w", w, (x.shape[1],), "(D,)")
     registry.check_shape(op, "b", b, (x.shape[1],), "(D,)")
     registry.check_same(op, "device", x=x, residual=residual, w=w, b=b)
-    registry.check_dropout(op, p, seed)
+    registry.check_dropout(op, p, seed, x.device)
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and registry.is_autocast("cuda"):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()

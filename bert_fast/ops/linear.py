@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
         return _fwd(x, w, b)
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(_linear_grads(ctx, dy.contiguous(), *ctx.saved_tensors))
 
@@ -67,7 +67,7 @@ class _LinearGelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @registry.first_order
+    @registry.first_order("linear_gelu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, h = ctx.saved_tensors
         dh, db = bias_gelu_bwd(dy.contiguous(), h, None, ctx.activation)

@@ -52,7 +52,7 @@ def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not is_autocast(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
@@ -97,9 +97,11 @@ def needs_grad(op: str, *tensors: Tensor | None) -> bool:
     """Return whether autograd must record the call.
 
     Raises:
-        NotImplementedError: under vmap, jvp or func.grad.
+        NotImplementedError: under vmap, jvp, func.grad or forward-mode differentiation.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
         raise NotImplementedError(
             f"{op}: want a call outside torch.func transforms, got one inside vmap, jvp or grad;"
             " only reverse-mode autograd is supported"
@@ -107,25 +109,33 @@ def needs_grad(op: str, *tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the backward of an autograd.Function refuse create_graph=True."""
+def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the backward of an op's autograd.Function refuse create_graph=True."""
 
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError(
-                f"{backward.__qualname__.split('.')[0].lstrip('_')}: want a first derivative,"
-                " got create_graph=True; second derivatives are not supported"
-            )
-        return backward(ctx, *grads)
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    f"{op}: want a first derivative, got create_graph=True;"
+                    " second derivatives are not supported"
+                )
+            return backward(ctx, *grads)
 
-    return run
+        return run
+
+    return decorate
+
+
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is on for that type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return the tensors in the dtype autocast gives matrix products; as they are without it."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -182,10 +192,12 @@ def check_range(op: str, name: str, ids: Tensor, size: int, ignore: int | None =
         raise ValueError(f"{op}: {name}: want 0 to {size - 1}{or_ignored}, got {got} at {at}")
 
 
-def check_dropout(op: str, p: float, seed: Tensor | None) -> None:
+def check_dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> None:
     """Raise ValueError unless p is a probability and there is a seed (1,) int64 if p > 0."""
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: p: want 0 to 1, got {p}")
     if p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
         got = "None" if seed is None else f"{[*seed.shape]} {seed.dtype}"
         raise ValueError(f"{op}: seed: want [1] torch.int64 with p > 0, got {got}")
+    if p > 0 and seed.device != device:
+        raise ValueError(f"{op}: seed: want it on {device}, got {seed.device}")

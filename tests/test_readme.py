@@ -1,0 +1,73 @@
+"""What README.md and the docs say is run, or compared with what is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import bert_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+RUN_ELSEWHERE = {  # command -> (file, what it must contain) that runs it
+    "make demo": (".ci/run", "make demo"),
+    "make test": (".ci/run", "make test"),
+    "pip install .": ("tests/test_packaging.py", "def test_wheel"),
+    "pip install --no-build-isolation .": ("Makefile", "--no-build-isolation"),
+}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A directory with a model, where the README says path-or-hub-id."""
+    directory = tmp_path_factory.mktemp("readme") / "model"
+    config = bert_fast.BertConfig.named("tiny", vocab_size=200)
+    bert_fast.BertForPreTraining(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.filterwarnings("ignore:.*(initialised|not used by)")
+def test_python_runs(code, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {
+        "input_ids": torch.randint(5, 200, (2, 7)),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "token_type_ids": torch.zeros(2, 7, dtype=torch.int64),
+        "labels": torch.tensor([0, 2]),
+    }
+    exec(compile(code.replace("path-or-hub-id", str(checkpoint)), "README.md", "exec"), scope)
+
+
+def test_every_command_is_run_somewhere():
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line]
+    assert {shlex.join(shlex.split(c)) for c in commands} == set(RUN_ELSEWHERE)
+    for file, evidence in RUN_ELSEWHERE.values():
+        assert evidence in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_named_in_the_docs_exist():
+    for page in ROOT.glob("docs/*.md"):
+        for name in re.findall(r"`((?:tests/)?test_\w+\.py)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / "tests" / Path(name).name).exists(), f"{page.name}: {name}"
+
+
+def test_number_of_differences():
+    """README counts what numerics.md lists."""
+    numerics = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. ", numerics, re.MULTILINE)
+    assert "and ten more" in README
+    assert len(listed) == 11
