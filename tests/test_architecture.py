@@ -14,6 +14,7 @@ LAYERS = (  # a module imports only what stands above its own line; a package al
     ("ops",),
     ("packing",),
     ("layers",),
+    ("base",),
     ("pretrained",),
     ("model",),
     ("heads",),
