@@ -92,7 +92,17 @@ class BertBase(nn.Module):
                 self.tie(name, original)
 
     def tie(self, name: str, original: str) -> None:
-        """Make the parameter `name` the one that is `original`."""
+        """Make the parameter `name` the one that is `original`.
+
+        Raises:
+            ValueError: their shapes differ, as after set_input_embeddings with another size.
+        """
+        want, got = self.get_parameter(name).shape, self.get_parameter(original).shape
+        if want != got:
+            raise ValueError(
+                f"{name}: want {[*want]} to tie it to {original}, got {[*got]};"
+                " resize_token_embeddings changes both"
+            )
         setattr(*self.owner(name), self.get_parameter(original))
 
     def owner(self, name: str) -> tuple[nn.Module, str]:
@@ -136,7 +146,7 @@ class BertBase(nn.Module):
             return old
         padding = old.padding_idx
         if padding is not None and padding >= size:
-            padding = None
+            padding = self.config.pad_token_id = None
         new = nn.Embedding(size, old.embedding_dim, padding_idx=padding)
         self._resize(new, "weight", old.weight, size, mean_resizing)
         self.set_input_embeddings(new)

@@ -279,11 +279,13 @@ class BertConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **overrides: Any) -> "BertConfig":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **overrides: Any
+    ) -> "BertConfig":
         """Return the configuration of a directory or of a model on the hub.
 
         Args:
-            name_or_path: see `files.find_directory`.
+            pretrained_model_name_or_path: see `files.find_directory`.
             **overrides: fields in place of those in config.json; and subfolder, revision,
                 cache_dir, token, local_files_only, force_download for `files.find_directory`.
 
@@ -292,10 +294,10 @@ class BertConfig:
             ValueError, TypeError: as `from_dict`; the message names the file.
         """
         where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
-        directory = find_directory(name_or_path, [CONFIG_FILE], **where)
+        directory = find_directory(pretrained_model_name_or_path, [CONFIG_FILE], **where)
         config, unknown = read_config(directory, **overrides)
         _warn_of(unknown, str(directory / CONFIG_FILE))
-        config.name_or_path = str(name_or_path)
+        config.name_or_path = str(pretrained_model_name_or_path)
         return config
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:

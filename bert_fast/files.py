@@ -227,7 +227,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {kind}want {start + end} bytes, got {size}")
         tensors = {}
         for (first, last, dtype, shape), name in order:
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             if (got := file.readinto(_bytes(tensors[name]))) != last - first:
                 raise ValueError(f"{path}: {name:.200}: want {last - first} bytes, got {got}")
     return tensors

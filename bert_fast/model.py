@@ -62,7 +62,10 @@ _DECODER_ARGUMENTS = (
     "encoder_attention_mask",
     "past_key_values",
     "head_mask",
+    "is_causal",
 )
+# what transformers' tools pass to every model, and what an encoder has no use for there either
+_WITHOUT_EFFECT = ("num_items_in_batch", "output_router_logits", "seq_idx")
 
 
 class BertModel(BertPreTrainedModel):
@@ -95,6 +98,10 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
         *,
         return_dict: bool | None = None,
         packed_output: bool = False,
@@ -109,6 +116,10 @@ class BertModel(BertPreTrainedModel):
             token_type_ids: (B, L) or (1, L) integers; None: 0.
             position_ids: (B, L) or (1, L) integers; None: the column.
             inputs_embeds: (B, L, D) in place of word embeddings.
+            encoder_hidden_states: None, as the next two: this is an encoder only.
+            encoder_attention_mask: None.
+            past_key_values: None.
+            use_cache: without effect, in transformers' encoder too.
             return_dict: False for a tuple; None: as the config says.
             packed_output: True for an `Encoded` on packed rows, as the heads want it.
             **options: see `ForwardOptions`.
@@ -126,6 +137,9 @@ class BertModel(BertPreTrainedModel):
         config = self.config
         if not torch.compiler.is_compiling():
             config.validate()
+        options["encoder_hidden_states"] = encoder_hidden_states
+        options["encoder_attention_mask"] = encoder_attention_mask
+        options["past_key_values"] = past_key_values
         options = _check_options(options, config)
         if isinstance(inputs_embeds, Tensor):
             self._check_embeds(inputs_embeds)
@@ -143,7 +157,7 @@ class BertModel(BertPreTrainedModel):
         if want_probs and batch.packed:
             raise NotImplementedError("output_attentions: want a padded batch, got cu_seq_lens_q")
         seed = None
-        if self.training:  # drawn outside of what checkpointing computes again
+        if self._drops():  # drawn outside of what checkpointing computes again
             device = batch.cu_seqlens.device
             seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
         x = self.embeddings(batch, seed)
@@ -161,8 +175,13 @@ class BertModel(BertPreTrainedModel):
             pooler_output=pooled,
             hidden_states=hidden_states,
             attentions=attentions,
+            cross_attentions=() if want_probs else None,
         )
         return out if self.wants_dict(return_dict) else out.to_tuple()
+
+    def _drops(self) -> bool:
+        """Return whether a dropout is in training, be it alone."""
+        return self.training or any(m.training for m in self.modules() if type(m) is nn.Dropout)
 
     def _check_embeds(self, inputs_embeds: Tensor) -> None:
         """Raise unless inputs_embeds (B, L, D) fits the other embeddings."""
@@ -179,10 +198,11 @@ class BertModel(BertPreTrainedModel):
 def _check_options(options: dict, config: BertConfig) -> dict:
     """Return every option of ForwardOptions, the config's value where it is absent or None."""
     options = dict(options)
-    options.pop("use_cache", None)  # without effect on an encoder, in transformers too
+    for name in _WITHOUT_EFFECT:
+        options.pop(name, None)
     for name in _DECODER_ARGUMENTS:
         value = options.pop(name, None)
-        if value is not None:
+        if value is not None and value is not False:
             raise NotImplementedError(f"{name}: want None, got a value: this is an encoder only")
     unknown = options.keys() - ForwardOptions.__annotations__.keys()
     if unknown:

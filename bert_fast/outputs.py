@@ -69,12 +69,18 @@ class ModelOutput(dict):
 
 
 class BertModelOutput(ModelOutput):
-    """Of BertModel: (B, L, D) last hidden state, (B, D) pooled [CLS], per-layer extras."""
+    """Of BertModel: (B, L, D) last hidden state, (B, D) pooled [CLS], per-layer extras.
+
+    The two fields of decoders are transformers': never a cache, and no cross attention, which is
+    an empty tuple beside attentions.
+    """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None
     hidden_states: tuple[Tensor, ...] | None
+    past_key_values: None
     attentions: tuple[Tensor, ...] | None
+    cross_attentions: tuple[()] | None
 
 
 class PreTrainingOutput(ModelOutput):

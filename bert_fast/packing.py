@@ -1,7 +1,8 @@
 """From a padded batch to packed rows and back; the only file that knows the mask.
 
 The tokens of a batch are packed once, before the embeddings, in the order of the flattened
-(B, L): everything below works on T rows and `cu_seqlens`, and nothing below waits for the device.
+(B, L): everything below works on T rows and `cu_seqlens`, whose host-side facts (T, max_len) are
+known from here on, so that nothing below needs to wait for the device.
 """
 
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def pack(
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"want exactly one of input_ids and inputs_embeds, got {got}")
+    given = inputs_embeds if input_ids is None else input_ids
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -148,14 +150,17 @@ def pack(
     for name, value in inputs.items():
         if value is not None:
             check_tensor(name, value)
+            if value.device != given.device:
+                raise ValueError(f"{name}: want it on {given.device}, got {value.device}")
     if input_ids is not None:
         check_integers("input_ids", input_ids)
     if input_ids is not None and input_ids.ndim != 2:
         raise ValueError(f"input_ids: want (B, L), got {[*input_ids.shape]}")
     if inputs_embeds is not None and inputs_embeds.ndim != 3:
         raise ValueError(f"inputs_embeds: want (B, L, D), got {[*inputs_embeds.shape]}")
-    given = inputs_embeds if input_ids is None else input_ids
     shape = given.shape[0], given.shape[1]
+    if shape[0] * shape[1] >= 2**31:
+        raise ValueError(f"batch: want less than 2**31 columns in all rows, got {[*shape]}")
     types = _per_token("token_type_ids", token_type_ids, shape)
     positions = _per_token("position_ids", position_ids, shape)
     if cu_seqlens is not None:
@@ -235,7 +240,7 @@ def _masked_layout(mask: Tensor, shape: tuple[int, int]) -> Layout:
                 "attention_mask: want 1 for a token and 0 for padding, got a negative value or"
                 " NaN (an additive mask?)"
             )
-        mask = mask != 0
+        mask = mask > 0
     rows, cu_seqlens, max_len = ops.unpad(mask)
     if compiling:  # a bound is enough, and reading max_len would break the graph
         return Layout(shape, cu_seqlens, shape[1], rows)

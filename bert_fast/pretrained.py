@@ -15,7 +15,14 @@ from bert_fast.config import BertConfig
 Model = TypeVar("Model", bound="BertPreTrainedModel")
 
 # arguments of transformers' from_pretrained that ask for what cannot be had or is so anyway
-_WITHOUT_EFFECT = ("attn_implementation", "low_cpu_mem_usage", "trust_remote_code")
+_WITHOUT_EFFECT = (
+    "attn_implementation",
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class BertPreTrainedModel(BertBase):
@@ -28,12 +35,12 @@ class BertPreTrainedModel(BertBase):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike,
         *,
-        config: BertConfig | None = None,
+        config: BertConfig | str | os.PathLike | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | torch.device | dict | None = None,
         strict: bool = False,
         ignore_mismatched_sizes: bool = False,
         allow_nonfinite: bool = False,
@@ -53,11 +60,11 @@ class BertPreTrainedModel(BertBase):
         a warning, tensors that the model lacks are named in another.
 
         Args:
-            name_or_path: a directory, or the id of a model on the hub.
-            config: in place of the config.json.
+            pretrained_model_name_or_path: a directory, or the id of a model on the hub.
+            config: in place of the config.json; a directory or id: the one there.
             dtype: of the parameters; "auto" or None: as stored.
             torch_dtype: older name of `dtype`.
-            device_map: the one device to load to.
+            device_map: the one device to load to; "auto": the GPU if there is one.
             strict: raise where a warning would be given.
             ignore_mismatched_sizes: initialise a head whose stored tensors have another shape.
             allow_nonfinite: accept weights that are NaN or infinite.
@@ -77,6 +84,8 @@ class BertPreTrainedModel(BertBase):
                 another shape than the config says, a weight is not finite.
             TypeError: an unknown argument.
         """
+        name_or_path = pretrained_model_name_or_path
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         ignored = [name for name in _WITHOUT_EFFECT if kwargs.pop(name, None) is not None]
         if ignored:
             names = ", ".join(ignored)
@@ -89,8 +98,12 @@ class BertPreTrainedModel(BertBase):
             "force_download": force_download,
         }
         directory = checkpoint.locate(name_or_path, subfolder=subfolder, **where)
-        known = BertConfig.__dataclass_fields__
+        known = BertConfig.field_names()
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        if isinstance(config, str | os.PathLike):
+            config = BertConfig.from_pretrained(config, **where)
+        elif config is not None and not isinstance(config, BertConfig):
+            config = BertConfig.from_dict(config.to_dict())
         if config is None:
             config = BertConfig.from_pretrained(directory, **fields)
         else:
@@ -116,7 +129,7 @@ class BertPreTrainedModel(BertBase):
         config.dtype = dtype
         model.eval()
         if device_map is not None:
-            model.to(device_map)
+            model.to(_one_device(device_map))
         if not output_loading_info:
             return model
         return model, {
@@ -149,6 +162,8 @@ class BertPreTrainedModel(BertBase):
         state_dict: dict[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        **_: Any,
     ) -> None:
         """Write config.json and model.safetensors, which transformers opens too.
 
@@ -158,13 +173,17 @@ class BertPreTrainedModel(BertBase):
             state_dict: in place of the model's own.
             max_shard_size: bytes, or a string such as "2GB", above which the file is split.
             safe_serialization: True; pickles are not written.
+            push_to_hub: False; nothing is uploaded.
+            **_: other arguments of transformers' (save_function, token, ...), without effect.
 
         Raises:
-            ValueError: safe_serialization=False.
+            ValueError: safe_serialization=False or push_to_hub=True.
             OSError: the files cannot be written; what was there is left as it was.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization: want True, got False: pickles are not written")
+        if push_to_hub:
+            raise ValueError("push_to_hub: want False, got True: upload the directory yourself")
         if not is_main_process:
             return
         config = self.config
@@ -175,6 +194,8 @@ class BertPreTrainedModel(BertBase):
                 if {name, original} <= tensors.keys():
                     if torch.equal(tensors[name], tensors[original]):
                         del tensors[name]
+                    else:  # untied by hand: the config must not tie it again
+                        config.tie_word_embeddings = False
         checkpoint.save_tensors(
             save_directory, tensors, config=config, max_shard_size=max_shard_size
         )
@@ -196,15 +217,30 @@ def _warn(match: checkpoint.Match, model: str, source: str | os.PathLike) -> Non
         warnings.warn(f"{source}: in the files, not used by {model}: {names}", stacklevel=3)
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return a floating dtype from it or its name; None for "auto".
+def _one_device(device_map: str | torch.device | dict) -> torch.device | str | int:
+    """Return the one device of transformers' device_map.
 
     Raises:
-        ValueError: not a floating dtype.
+        ValueError: it names several.
+    """
+    if device_map == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, dict):
+        if len(device_map) != 1:
+            raise ValueError(f"device_map: want one device, got {device_map}")
+        return next(iter(device_map.values()))
+    return device_map
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype that the ops take, from it or its name; None for "auto".
+
+    Raises:
+        ValueError: another.
     """
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f'dtype: want "auto" or a floating dtype, got {dtype!r}')
+    if found not in _DTYPES:
+        raise ValueError(f'dtype: want "auto", fp32, fp16, bf16 or fp64, got {dtype!r}')
     return found

@@ -409,7 +409,8 @@ def linear_cross_entropy(
         if with_grad:
             labelled = target != IGNORE
             d_logits = logits.softmax(-1)
-            d_logits[labelled, target[labelled]] -= 1
+            one = labelled[:, None].to(wide)
+            d_logits.scatter_add_(1, target.clamp(min=0)[:, None], -one)
             d_logits = torch.where(labelled[:, None], d_logits, 0)
             db += d_logits.sum(0)
             d_logits = d_logits.to(x.dtype)
@@ -434,4 +435,4 @@ def unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     longest = lengths.max() if mask.shape[0] else cu_seqlens[0]
     total, max_len = torch.stack((cu_seqlens[-1], longest)).tolist()
     rows = torch.nonzero_static(mask.flatten(), size=total).flatten()
-    return rows, cu_seqlens.to(torch.int32), torch.tensor(max_len)
+    return rows, cu_seqlens.to(torch.int32), torch.tensor(max_len, device="cpu")

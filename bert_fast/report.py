@@ -91,6 +91,10 @@ def _notes(model: nn.Module) -> list[str]:
     called: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         fused = _FUSED.get(name.rpartition(".")[2])
+        if name.endswith(
+            "attention.self.dropout"
+        ):  # its p is all that is used, by transformers too
+            continue
         if fused is not None and not is_plain(module, fused):
             kind = type(module)
             called.setdefault(f"{kind.__module__}.{kind.__qualname__}", []).append(name)

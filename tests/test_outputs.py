@@ -20,7 +20,7 @@ from bert_fast.outputs import (
 )
 
 THEIRS = {
-    BertModelOutput: modeling_outputs.BaseModelOutputWithPooling,
+    BertModelOutput: modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions,
     LogitsOutput: modeling_outputs.MaskedLMOutput,
     PreTrainingOutput: transformers.models.bert.modeling_bert.BertForPreTrainingOutput,
     QuestionAnsweringOutput: modeling_outputs.QuestionAnsweringModelOutput,

@@ -176,6 +176,8 @@ class BertForMultipleChoice(BertPreTrainedModel):
         if given is None or given.ndim != (4 if input_ids is None else 3):
             got = None if given is None else [*given.shape]
             raise ValueError(f"want input_ids (B, C, L) or inputs_embeds (B, C, L, D), got {got}")
+        if options.get("cu_seq_lens_q") is not None:
+            raise NotImplementedError("cu_seq_lens_q: want a padded batch of choices, got borders")
         B, C = given.shape[:2]
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         inputs = (None if t is None else t.flatten(0, 1) for t in inputs)

@@ -21,12 +21,11 @@ def loss_dtype(logits: Tensor) -> torch.dtype:
 
 
 def mean(total: Tensor, count: Tensor | int, num_items: Tensor | int | None = None) -> Tensor:
-    """Return total / num_items; without num_items total / count, and 0 if the count is 0."""
-    if isinstance(num_items, Tensor):
-        return total / num_items.to(total.device)
-    if num_items is not None:
-        return total / num_items
-    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    """Return total / num_items, or total / count without it; 0 where that would be 0 / 0."""
+    divisor = count if num_items is None else num_items
+    if isinstance(divisor, Tensor):
+        return total / divisor.to(total.device).clamp(min=1)
+    return total / max(divisor, 1)
 
 
 def cross_entropy(

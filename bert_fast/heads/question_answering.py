@@ -82,10 +82,12 @@ def _columns(name: str, positions: Tensor, layout: Layout) -> Tensor:
     if columns.numel() != B:
         raise ValueError(f"{name}: want {[B]}, got {[*columns.shape]}")
     columns = columns.reshape(B).clamp(0, L)
-    if layout.rows is None or torch.compiler.is_compiling():
+    if layout.rows is None:
         return columns
     real = nn.functional.pad(layout.mask(), (0, 1), value=True)
     at_padding = ~real.gather(1, columns[:, None])[:, 0]
+    if torch.compiler.is_compiling():  # raising would break the graph: it takes no part instead
+        return torch.where(at_padding, L, columns)
     if at_padding.any():
         b = int(at_padding.nonzero()[0, 0])
         raise ValueError(f"{name}: want a token, got padding: column {int(columns[b])} of row {b}")

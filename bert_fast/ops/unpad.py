@@ -11,7 +11,7 @@ def _fake(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     T = torch.library.get_ctx().new_dynamic_size()
     rows = mask.new_empty(T, dtype=torch.int64)
     cu_seqlens = mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
-    return rows, cu_seqlens, torch.empty((), dtype=torch.int64)
+    return rows, cu_seqlens, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 _unpad = registry.register(

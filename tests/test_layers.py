@@ -1,0 +1,144 @@
+"""Fused query, key and value: one product gives what three give, and never with old weights."""
+
+import copy
+
+import pytest
+import torch
+
+from bert_fast import BertConfig, BertModel
+from bert_fast.layers import BertSelfAttention
+
+IDS = torch.arange(5, 17).view(2, 6)
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """(fused, plain) with the same weights; fusing is for GPUs, so it is forced here."""
+    plain = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    fused = copy.deepcopy(plain)
+    ours = {id(m) for m in fused.modules() if isinstance(m, BertSelfAttention)}
+    project = BertSelfAttention._project
+
+    def forced(self, x):
+        with monkeypatch.context() as patch:
+            patch.setattr(BertSelfAttention, "_fuses", staticmethod(lambda x: id(self) in ours))
+            return project(self, x)
+
+    monkeypatch.setattr(BertSelfAttention, "_project", forced)
+    return fused, plain
+
+
+def attentions(model):
+    return [m for m in model.modules() if isinstance(m, BertSelfAttention)]
+
+
+def kept(model):
+    return [m._fused is not None for m in attentions(model)]
+
+
+def assert_equal(models):
+    with torch.no_grad():
+        fused, plain = (model(IDS).last_hidden_state for model in models)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_is_kept_without_gradients_only(models):
+    fused, plain = models
+    assert_equal(models)
+    assert kept(fused) == [True, True] and kept(plain) == [False, False]
+    torch.testing.assert_close(fused(IDS)[0], plain(IDS)[0], rtol=1e-5, atol=1e-5)
+    assert kept(fused) == [False, False]
+
+
+def test_gradients(models):
+    for model in models:
+        model(IDS)[0].square().sum().backward()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-4, msg=name)
+
+
+def in_place(model):
+    with torch.no_grad():
+        for m in attentions(model):
+            m.key.weight.mul_(-1)
+            m.value.bias.add_(1)
+
+
+def fused_adamw(model):
+    """It does not count as a write: the forward with gradients before it drops what was kept."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(IDS)[0].square().sum().backward()
+    optimizer.step()
+
+
+def load(model):
+    model.load_state_dict({name: -t for name, t in model.state_dict().items()})
+
+
+def replace(model):
+    for m in attentions(model):
+        m.query.weight = torch.nn.Parameter(-m.query.weight.detach())
+
+
+def through_data(model):
+    """What PyTorch does not count, drop_fused_weights is for."""
+    for m in attentions(model):
+        m.query.weight.data.neg_()
+        m.drop_fused_weights()
+
+
+def train_and_back(model):
+    for m in attentions(model):
+        m.query.weight.data.neg_()
+    model.train().eval()
+
+
+CHANGES = [in_place, fused_adamw, load, replace, through_data, train_and_back]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changed_weights_are_seen(models, change):
+    assert_equal(models)
+    with torch.no_grad():
+        before = models[1](IDS)[0]
+    for model in models:
+        change(model)
+    assert_equal(models)
+    with torch.no_grad():
+        assert not torch.allclose(models[1](IDS)[0], before)
+
+
+def test_cast_and_copy(models):
+    assert_equal(models)
+    fused = models[0]
+    assert kept(copy.deepcopy(fused)) == [False, False]
+    fused.double()
+    assert kept(fused) == [False, False]
+    assert_equal((fused.float(), models[1]))
+
+
+def test_weights_made_in_inference_mode(models):
+    """They have no version to compare: nothing is kept."""
+    with torch.inference_mode():
+        model = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
+        attention = attentions(model)[0]
+        x = torch.randn(3, 128)
+        parts = attention.query, attention.key, attention.value
+        w, b = attention._fused_weights()
+        expected = torch.cat([part(x) for part in parts], 1)
+        torch.testing.assert_close(torch.nn.functional.linear(x, w, b), expected)
+    assert attention._fused is None
+
+
+def test_dropout_alone_in_training():
+    """Monte-Carlo dropout: a model in evaluation whose dropouts are not."""
+    model = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
+    assert torch.equal(model(IDS)[0], model(IDS)[0])
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.train()
+    assert not torch.equal(model(IDS)[0], model(IDS)[0])
