@@ -204,12 +204,8 @@ class BertBase(nn.Module):
 
         What reentrant checkpointing needs under an adapter (PEFT calls this).
         """
-
-        def require(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            output.requires_grad_(True)
-
         self.disable_input_require_grads()
-        self._input_hook = self.base_model.embeddings.register_forward_hook(require)
+        self._input_hook = self.base_model.embeddings.register_forward_hook(_require_grad)
 
     def disable_input_require_grads(self) -> None:
         """Take back `enable_input_require_grads`."""
@@ -245,6 +241,10 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield module, name, parameter
+
+
+def _require_grad(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def _copy_tied(model: BertBase, state: dict[str, Tensor], prefix: str, _metadata: dict) -> None:

@@ -27,7 +27,7 @@ CONFIG_FILE = "config.json"
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # What may stand for a dtype; a table, since a name from a file must not reach getattr(torch, ...).
-_DTYPES: dict[object, torch.dtype] = {
+DTYPES: dict[object, torch.dtype] = {  # the dtypes of models and ops, by name and by themselves
     key: getattr(torch, name)
     for name in _FLOATS
     for key in (name, f"torch.{name}", getattr(torch, name))
@@ -81,7 +81,7 @@ def _map(value: object, keys: Any) -> bool:
 
 
 def _dtype(value: object) -> torch.dtype | None:
-    return _DTYPES.get(value) if isinstance(value, str | torch.dtype) else None
+    return DTYPES.get(value) if isinstance(value, str | torch.dtype) else None
 
 
 def _by_index(labels: Any) -> Any:

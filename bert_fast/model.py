@@ -111,7 +111,7 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64 or int32; or None with inputs_embeds.
-            attention_mask: (B, L) bool, int or float, not 0 where there is a token, wherever the
+            attention_mask: (B, L) bool, int or float, above 0 where there is a token, wherever the
                 padding is; None: everywhere.
             token_type_ids: (B, L) or (1, L) integers; None: 0.
             position_ids: (B, L) or (1, L) integers; None: the column.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bert_fast import checkpoint
 from bert_fast.base import BertBase, own_parameters
-from bert_fast.config import BertConfig
+from bert_fast.config import DTYPES, BertConfig
 
 Model = TypeVar("Model", bound="BertPreTrainedModel")
 
@@ -22,7 +22,6 @@ _WITHOUT_EFFECT = (
     "use_safetensors",
     "weights_only",
 )
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class BertPreTrainedModel(BertBase):
@@ -240,7 +239,6 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f'dtype: want "auto", fp32, fp16, bf16 or fp64, got {dtype!r}')
-    return found
+    return DTYPES[dtype]

@@ -90,11 +90,10 @@ def _notes(model: nn.Module) -> list[str]:
     notes = []
     called: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        fused = _FUSED.get(name.rpartition(".")[2])
-        if name.endswith(
-            "attention.self.dropout"
-        ):  # its p is all that is used, by transformers too
+        # of attention's dropout only p is used, by transformers too
+        if name.endswith("attention.self.dropout"):
             continue
+        fused = _FUSED.get(name.rpartition(".")[2])
         if fused is not None and not is_plain(module, fused):
             kind = type(module)
             called.setdefault(f"{kind.__module__}.{kind.__qualname__}", []).append(name)

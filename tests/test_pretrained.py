@@ -369,3 +369,15 @@ def test_untied(tmp_path):
     ours.save_pretrained(tmp_path)
     back = bert_fast.BertForMaskedLM.from_pretrained(tmp_path)
     assert differences(theirs, back, inputs, real) == {}
+
+
+def test_input_gradients_survive_a_copy():
+    """What PEFT asks for under reentrant checkpointing stays on in copies and pickles."""
+    _, ours = pair()
+    ours.requires_grad_(False)
+    ours.enable_input_require_grads()
+    inputs, _ = batch(ours.config)
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert model(**inputs).last_hidden_state.requires_grad
+    ours.disable_input_require_grads()
+    assert not ours(**inputs).last_hidden_state.requires_grad

@@ -155,17 +155,9 @@ class BertForMaskedLM(_MaskedLMModel):
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits: want labels with True, got None")
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            packed_output=True,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **options,
-        )
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        decoders = encoder_hidden_states, encoder_attention_mask
+        encoded = self.bert(*inputs, *decoders, packed_output=True, **options)
         loss, logits = self._masked_lm(
             encoded, labels, skip_logits, return_dict, num_items_in_batch
         )
@@ -211,15 +203,8 @@ class BertForPreTraining(_MaskedLMModel):
             `PreTrainingOutput`: loss (), the sum of both losses, only with both labels;
             prediction_logits (B, L, V); seq_relationship_logits (B, 2).
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            packed_output=True,
-            **options,
-        )
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.bert(*inputs, packed_output=True, **options)
         if next_sentence_label is None:
             labels = None
         loss, logits = self._masked_lm(

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bert_fast.config import DTYPES
+
 _lib = torch.library.Library("bert_fast", "FRAGMENT")
 
 
@@ -144,11 +146,8 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def check_float(op: str, **tensors: Tensor | None) -> None:
     """Raise TypeError unless every tensor is of a floating dtype the ops take."""
     for name, t in tensors.items():
-        if t is not None and t.dtype not in _FLOATS:
+        if t is not None and t.dtype not in DTYPES:
             raise TypeError(f"{op}: {name}: want fp32, fp16, bf16 or fp64, got {t.dtype}")
-
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_same(op: str, what: str, **tensors: Tensor | None) -> None:
