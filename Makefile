@@ -3,6 +3,7 @@
 #   PYTHON         the interpreter .venv is made from, 3.10 or newer
 #   TORCH          what pip installs as torch
 #   CONSTRAINTS    the pinned versions; with another torch than theirs: CONSTRAINTS=/dev/null
+#   OUT            where measurements go; CASE: which case make gpu-cases takes
 #   BERT_FAST_EXT  0 without the compiled extension, 1 with it; default 1 where a compiler works
 
 PYTHON ?= python3
@@ -11,6 +12,13 @@ CONSTRAINTS ?= constraints.txt
 BERT_FAST_EXT ?= $(shell $(TRY_COMPILER) && echo 1 || echo 0)
 
 BIN := .venv/bin
+# The Python that measures: .venv's, or without .venv a $(PYTHON) that has torch, taken as it is, since
+# a GPU machine may have no network to install from.
+HAS_TORCH = import sys; from importlib.util import find_spec as f; sys.exit(not (f("torch") and f("triton")))
+AS_IS := $(shell test ! -e $(BIN) && $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo 1)
+MEASURE := $(if $(AS_IS),$(PYTHON),$(BIN)/python) benchmarks/run.py
+READY := $(if $(AS_IS),,.venv/.extension)
+OUT ?= build/benchmarks
 PARALLEL := -n auto --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
@@ -20,7 +28,7 @@ COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TRY_COMPILER = echo '\#include <Python.h>' | $(COMPILER) -fopenmp -fsyntax-only -x c++ \
 	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null
 
-.PHONY: help test test-long demo lint ext clean
+.PHONY: help test test-long demo lint gpu gpu-cases gpu-proof cpu-table ledger ext clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +46,21 @@ demo: $(EXTENSION)  ## BERT-base on a page of English: checked, timed beside tra
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu: $(READY)  ## what a GPU machine can tell in under 9 minutes, into $(OUT)
+	$(MEASURE) gpu --out $(OUT)
+
+gpu-cases: $(READY)  ## one case of the targets against every peer and mode: make gpu-cases CASE=3
+	$(MEASURE) case $(CASE) --out $(OUT)
+
+gpu-proof: $(READY)  ## the tests that run on the GPU, and NVIDIA's sanitizers over every op
+	$(MEASURE) proof --out $(OUT)
+
+cpu-table: $(READY)  ## the table for CPUs: BERT-base against every peer, about 20 minutes
+	$(MEASURE) cpu --out $(OUT)
+
+ledger: $(INSTALLED)  ## write benchmarks/results/README.md from the results there
+	$(BIN)/python benchmarks/ledger.py
 
 ext:  ## build the compiled extension again
 	rm -f $(EXTENSION)

@@ -1,0 +1,263 @@
+"""The encoder cases: one forward of a batch, or many texts to embeddings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import peers
+import torch
+import workload
+from gate import Candidate, Case, Outputs, Prepared, Work, short
+from torch import Tensor
+from workload import Batch, Texts
+
+import bert_fast
+from bert_fast import BertConfig, reference_model
+
+_SEED = 1234
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a case is made of.
+
+    Attributes:
+        model: "base" or "large".
+        lengths: of the sequences, from a seed.
+        small: the same for a rehearsal, in which the model is small too.
+        width: what they are padded to; 0: the longest.
+        dtype: of weights and arithmetic.
+        texts: they are texts in host memory, to be batched as the candidate likes.
+        device: "any", or "cpu" for the CPU's table.
+    """
+
+    model: str
+    lengths: Callable[[int], list[int]]
+    small: Callable[[int], list[int]]
+    width: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    texts: bool = False
+
+
+def _full(n: int, length: int) -> Callable[[int], list[int]]:
+    return lambda seed: [length] * n
+
+
+def _normal(n: int, mean: float, spread: float, low: int, high: int) -> Callable[[int], list[int]]:
+    return lambda seed: workload.normal_lengths(n, mean, spread, low, high, seed)
+
+
+def _share(n: int, high: int, fill: float) -> Callable[[int], list[int]]:
+    """Lengths from 2 to high whose mean is `fill` of high, one of them high."""
+
+    def lengths(seed: int) -> list[int]:
+        drawn = workload.normal_lengths(n - 1, fill * high, fill * high / 2, 2, high, seed)
+        missing = round(fill * high * n) - high - sum(drawn)
+        i = 0
+        while missing:  # one token at a time, so that the fill is the same for every seed
+            step = 1 if missing > 0 else -1
+            if 2 <= drawn[i % (n - 1)] + step <= high:
+                drawn[i % (n - 1)] += step
+                missing -= step
+            i += 1
+        return [high, *drawn]
+
+    return lengths
+
+
+FP32 = torch.float32
+SPECS = {
+    "case 1": Spec("base", _full(1, 128), _full(1, 16)),
+    "case 2 s128": Spec("large", _full(1, 128), _full(1, 16)),
+    "case 2 s384": Spec("large", _full(1, 384), _full(1, 24)),
+    "case 3": Spec("base", _full(128, 128), _full(4, 16)),
+    "case 4": Spec("large", _full(128, 384), _full(4, 24)),
+    "case 5": Spec("base", _normal(8192, 256, 64, 16, 512), _normal(24, 16, 6, 2, 32), texts=True),
+    "case 6": Spec("large", _normal(4096, 177, 50, 40, 384), _normal(24, 12, 5, 2, 24), texts=True),
+    "case 7 s64": Spec("base", _share(16, 64, 0.6), _share(4, 16, 0.6)),
+    "case 7": Spec("base", _share(16, 512, 0.6), _share(4, 32, 0.6)),
+    "case 7 s1024": Spec("base", _share(16, 1024, 0.6), _share(4, 32, 0.6)),
+    "cpu 1x128": Spec("base", _full(1, 128), _full(1, 16), dtype=FP32),
+    "cpu 8x128": Spec("base", _full(8, 128), _full(2, 16), dtype=FP32),
+    "cpu 2x512": Spec("base", _full(2, 512), _full(2, 32), dtype=FP32),
+    "cpu 16x128 33%": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4), dtype=FP32),
+    "cpu 8x512 46%": Spec("base", _share(8, 512, 0.46), _share(4, 32, 0.5), dtype=FP32),
+}
+
+
+def config_of(model: str, longest: int, small: bool, **fields: Any) -> BertConfig:
+    """Return the model's configuration; positions for sequences of that length."""
+    positions = max(512, longest)
+    if small:
+        fields |= _SMALL | {"intermediate_size": 128, "vocab_size": 500}
+    return BertConfig.named(model, max_position_embeddings=positions, **fields)
+
+
+def forward_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
+    """Return the operations of one forward on real tokens: products and attention."""
+    D, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    products = 2 * sum(lengths) * (4 * D * D + 2 * D * F)
+    return layers * (products + 4 * D * sum(n * n for n in lengths))
+
+
+@cache
+def state_of(model: str, longest: int, small: bool) -> dict[str, Tensor]:
+    """Return the weights all candidates share."""
+    return workload.weights(config_of(model, longest, small))
+
+
+def case(
+    name: str, device: torch.device, *, small: bool = False, full: bool = False
+) -> tuple[Case, list[Candidate]]:
+    """Return an encoder case and its candidates.
+
+    Args:
+        name: in SPECS.
+        device: where it runs.
+        small: the rehearsal's sizes.
+        full: every peer and mode; else the short list.
+    """
+    spec = SPECS[name]
+    draw = spec.small if small else spec.lengths
+    lengths = [draw(_SEED + i) for i in range(2)]
+    longest = max(map(max, lengths))
+    config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
+    dtype = spec.dtype
+    ours: Callable[[], Prepared]
+    if spec.texts:
+        pin = device.type == "cuda"
+        inputs = [workload.texts(config, n, _SEED + i, pin) for i, n in enumerate(lengths)]
+        theirs = peers.text_peers(state, config, device, dtype, full=full)
+        slots = sum(lengths[0])  # batching is the candidate's own business: nothing is padding yet
+
+        def ours() -> Prepared:
+            return _our_texts(state, config, device, dtype)
+    else:
+        inputs = [
+            workload.batch(config, n, device, _SEED + i, spec.width) for i, n in enumerate(lengths)
+        ]
+        theirs = peers.encoder_peers(state, config, device, dtype, full=full)
+        slots = inputs[0].input_ids.numel()
+
+        def ours() -> Prepared:
+            return _our_encoder(state, config, device, dtype)
+
+    tokens = sum(map(sum, lengths)) // len(lengths)
+    flops = sum(forward_flops(config, tuple(n)) for n in lengths) // len(lengths)
+    baseline_name, baseline = peers.baseline_encoder(state, config, device, dtype)
+    exact = torch.float64 if dtype == FP32 else FP32
+    facts = {"model": spec.model, "seed": _SEED, "longest": longest, "small": small}
+    return Case(
+        name=name,
+        device=device,
+        dtype=short(dtype),
+        inputs=inputs,
+        truth=_on_sample(_truth(state, config, device, exact), device),
+        baseline=_on_sample(baseline, device),
+        baseline_name=baseline_name,
+        work=Work(tokens, slots, len(lengths[0]), flops=flops),
+        facts=facts,
+    ), [Candidate("bert_fast", ours), *theirs]
+
+
+# --- the truth -----------------------------------------------------------------------------------
+
+
+def _truth(
+    state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+) -> Callable[[Batch], Outputs]:
+    """Return the hidden states of the padded reference in fp32 or fp64, TF32 being off."""
+    params = {n: t.to(device, dtype) for n, t in state.items() if n.startswith("bert.")}
+
+    def truth(batch: Batch) -> Outputs:
+        with torch.inference_mode():
+            out = reference_model.encoder(
+                params, config, batch.input_ids, batch.attention_mask, prefix="bert."
+            )
+        return {"hidden": batch.real(out.last_hidden_state)}
+
+    return truth
+
+
+def _on_sample(
+    answer: Callable[[Batch], Outputs], device: torch.device
+) -> Callable[[Batch | Texts], Outputs]:
+    """Return the same for texts: the first token's row of those in the sample, one at a time."""
+
+    def answers(inputs: Batch | Texts) -> Outputs:
+        if isinstance(inputs, Batch):
+            return answer(inputs)
+        rows = []
+        parts = inputs.ids.split(list(inputs.lengths))
+        for i in inputs.sample:
+            batch = Batch(parts[i][None].to(device), None, (inputs.lengths[i],))
+            rows.append(answer(batch)["hidden"][0])
+        return {"embedding": torch.stack(rows)}
+
+    return answers
+
+
+# --- this project --------------------------------------------------------------------------------
+
+
+def _our_model(
+    state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[bert_fast.BertModel, dict[str, Any]]:
+    """Return the model and what its row should say of it."""
+    model = bert_fast.BertModel(config, add_pooling_layer=False)
+    encoder = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
+    model.load_state_dict({n: t for n, t in encoder.items() if not n.startswith("pooler.")})
+    model = model.to(device, dtype).eval()
+    ops = {entry.op: entry.implementation for entry in bert_fast.report(model).ops}
+    return model, {"ops": ops}
+
+
+def _our_encoder(
+    state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+) -> Prepared:
+    model, notes = _our_model(state, config, device, dtype)
+
+    def run(batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return model(batch.input_ids, batch.attention_mask).last_hidden_state
+
+    return Prepared(run, lambda batch: {"hidden": batch.real(run(batch))}, notes=notes)
+
+
+def _our_texts(
+    state: dict[str, Tensor],
+    config: BertConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int = 32768,
+) -> Prepared:
+    """Texts in their own order, packed up to `budget` tokens; lengths never leave the host."""
+    model, notes = _our_model(state, config, device, dtype)
+
+    def run(texts: Texts) -> Tensor:
+        out = []
+        first = 0
+        with torch.inference_mode():
+            for lengths in peers.budgeted(texts.lengths, budget):
+                borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+                total = sum(lengths)
+                ids = texts.ids[first : first + total].to(device, non_blocking=True)
+                if device.type == "cuda":
+                    borders = borders.pin_memory().to(device, non_blocking=True)
+                hidden = model(
+                    ids[None], cu_seq_lens_q=borders, max_length_q=max(lengths)
+                ).last_hidden_state[0]
+                out.append(hidden[borders[:-1]])
+                first += total
+        rows = torch.cat(out)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return rows
+
+    return Prepared(
+        run,
+        lambda texts: {"embedding": run(texts)[list(texts.sample)]},
+        notes=notes | {"budget": budget},
+    )

@@ -1,0 +1,146 @@
+"""The pre-training cases: one whole step, dropout, both heads and the optimizer included."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import training_peers
+import workload
+from encoder import FP32, config_of, forward_flops, state_of
+from gate import Candidate, Case, Outputs, Prepared, Work, short
+from torch import Tensor
+from workload import PretrainingBatch
+
+import bert_fast
+from bert_fast import BertConfig, reference_model
+
+_SEED = 4321
+_MASKED = 0.15
+_TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a case is made of: `n` full sequences of one length for a model, in bf16 autocast."""
+
+    model: str
+    n: int
+    length: int
+
+
+SPECS = {
+    "case 8": Spec("large", 64, 128),
+    "case 10 s128": Spec("base", 256, 128),
+    "case 10 s512": Spec("base", 64, 512),
+}
+
+
+def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
+    """Return the operations of one step: three times those of a forward, and of the MLM head's.
+
+    The head counts on its masked rows only, wherever a candidate computes it.
+    """
+    D, V = config.hidden_size, config.vocab_size
+    head = _MASKED * sum(lengths) * (2 * D * D + 2 * D * V)
+    return 3 * (forward_flops(config, lengths) + round(head))
+
+
+def case(
+    name: str, device: torch.device, *, small: bool = False, full: bool = False
+) -> tuple[Case, list[Candidate]]:
+    """Return a pre-training case and its candidates.
+
+    Args:
+        name: in SPECS.
+        device: where it runs.
+        small: the rehearsal's sizes.
+        full: every peer and mode; else the short list.
+    """
+    spec = SPECS[name]
+    n, length = (4, 16) if small else (spec.n, spec.length)
+    lengths = (length,) * n
+    dtype = torch.bfloat16 if device.type == "cuda" else FP32
+    config, state = config_of(spec.model, length, small), state_of(spec.model, length, small)
+    inputs = [
+        workload.pretraining_batch(config, lengths, device, _SEED + i, _MASKED) for i in range(2)
+    ]
+    baseline_name, baseline = training_peers.baseline_pretraining(state, config, device, dtype)
+    ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype))
+    theirs = training_peers.pretraining_peers(state, config, device, dtype, full=full)
+    return Case(
+        name=name,
+        device=device,
+        dtype=short(dtype),
+        inputs=inputs,
+        truth=_truth(state, config, device, torch.float64 if dtype == FP32 else FP32),
+        baseline=baseline,
+        baseline_name=baseline_name,
+        work=Work(n * length, n * length, n, flops=step_flops(config, lengths)),
+        facts={
+            "model": spec.model,
+            "seed": _SEED,
+            "longest": length,
+            "small": small,
+            "dropout": config.hidden_dropout_prob,
+            "masked": _MASKED,
+            "checked": "loss and gradients without dropout",
+        },
+    ), [ours, *theirs]
+
+
+def _truth(
+    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+) -> Callable[[PretrainingBatch], Outputs]:
+    """Return loss and gradients of the padded reference in fp32 or fp64, TF32 being off."""
+
+    def truth(batch: PretrainingBatch) -> Outputs:
+        params = {name: t.to(device, dtype, copy=True) for name, t in state.items()}
+        for name, of in _TIED.items():
+            params[name] = params[of]
+        names = training_peers.gradient_names(config)
+        wanted = [params[name].requires_grad_() for name in names]
+        hidden = reference_model.encoder(
+            params,
+            config,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.token_type_ids,
+            prefix="bert.",
+        ).last_hidden_state
+        masked = batch.labels != -100
+        logits = reference_model.masked_lm_logits(params, config, hidden[masked])
+        pooled = reference_model.pooled(params, hidden[:, 0], "bert.")
+        follows = reference_model.next_sentence_logits(params, pooled)
+        loss = F.cross_entropy(logits, batch.labels[masked])
+        loss = loss + F.cross_entropy(follows, batch.next_sentence_label)
+        grads = torch.autograd.grad(loss, wanted)
+        return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+    return truth
+
+
+def _ours(
+    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+) -> Prepared:
+    model = bert_fast.BertForPreTraining(config)
+    model.load_state_dict(state)
+    model = model.to(device, torch.promote_types(dtype, FP32)).train()
+
+    def loss_of(batch: PretrainingBatch) -> Tensor:
+        with training_peers.precision(device, dtype):
+            return model(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.token_type_ids,
+                labels=batch.labels,
+                next_sentence_label=batch.next_sentence_label,
+            ).loss
+
+    notes = {"ops": {entry.op: entry.implementation for entry in bert_fast.report(model).ops}}
+    return training_peers.prepared(
+        model, loss_of, lambda name: model.get_parameter(name).grad.clone(), config, device, notes
+    )
