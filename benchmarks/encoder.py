@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import peers
@@ -27,16 +27,13 @@ class Spec:
         model: "base" or "large".
         lengths: of the sequences, from a seed.
         small: the same for a rehearsal, in which the model is small too.
-        width: what they are padded to; 0: the longest.
         dtype: of weights and arithmetic.
         texts: they are texts in host memory, to be batched as the candidate likes.
-        device: "any", or "cpu" for the CPU's table.
     """
 
     model: str
     lengths: Callable[[int], list[int]]
     small: Callable[[int], list[int]]
-    width: int = 0
     dtype: torch.dtype = torch.bfloat16
     texts: bool = False
 
@@ -125,28 +122,19 @@ def case(
     longest = max(map(max, lengths))
     config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
     dtype = spec.dtype
-    ours: Callable[[], Prepared]
+    what = state, config, device, dtype
     if spec.texts:
         pin = device.type == "cuda"
         inputs = [workload.texts(config, n, _SEED + i, pin) for i, n in enumerate(lengths)]
-        theirs = peers.text_peers(state, config, device, dtype, full=full)
-        slots = sum(lengths[0])  # batching is the candidate's own business: nothing is padding yet
-
-        def ours() -> Prepared:
-            return _our_texts(state, config, device, dtype)
+        ours, theirs = partial(_our_texts, *what), peers.text_peers(*what, full=full)
+        slots = 0  # batching is the candidate's own business: nothing is padded yet
     else:
-        inputs = [
-            workload.batch(config, n, device, _SEED + i, spec.width) for i, n in enumerate(lengths)
-        ]
-        theirs = peers.encoder_peers(state, config, device, dtype, full=full)
+        inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
+        ours, theirs = partial(_our_encoder, *what), peers.encoder_peers(*what, full=full)
         slots = inputs[0].input_ids.numel()
-
-        def ours() -> Prepared:
-            return _our_encoder(state, config, device, dtype)
-
     tokens = sum(map(sum, lengths)) // len(lengths)
     flops = sum(forward_flops(config, tuple(n)) for n in lengths) // len(lengths)
-    baseline_name, baseline = peers.baseline_encoder(state, config, device, dtype)
+    baseline_name, baseline = peers.baseline_encoder(*what)
     exact = torch.float64 if dtype == FP32 else FP32
     facts = {"model": spec.model, "seed": _SEED, "longest": longest, "small": small}
     return Case(

@@ -83,7 +83,7 @@ def weights(config: BertConfig, seed: int = 0) -> dict[str, Tensor]:
 def batch(
     config: BertConfig, lengths: Sequence[int], device: torch.device, seed: int, width: int = 0
 ) -> Batch:
-    """Return a batch of random ids, padded to `width` or to its longest sequence."""
+    """Return a batch of random ids, padded to its longest sequence or to a larger `width`."""
     generator = torch.Generator().manual_seed(seed)
     B, L = len(lengths), max(width, *lengths)
     ids = torch.randint(FIRST_ID, config.vocab_size, (B, L), generator=generator)

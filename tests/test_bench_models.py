@@ -1,0 +1,119 @@
+"""The encoder and pre-training cases, at a rehearsal's sizes, and the figures of the full ones."""
+
+import json
+
+import encoder
+import harness
+import pretraining
+import pytest
+import stages
+import torch
+from gate import Gate
+from record import Run
+from torch.utils.flop_counter import FlopCounterMode
+
+from bert_fast import reference
+
+CPU = torch.device("cpu")
+MODULES = {**dict.fromkeys(encoder.SPECS, encoder), **dict.fromkeys(pretraining.SPECS, pretraining)}
+
+
+def small(name, full=False):
+    return MODULES[name].case(name, CPU, small=True, full=full)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_ours_is_right_and_the_case_says_what_it_is(name):
+    case, (ours, *_) = small(name)
+    assert ours.name == "bert_fast" and case.name == name and len(case.inputs) == 2
+    said = json.loads(json.dumps(harness.describe(case), allow_nan=False))
+    assert {"model", "seed", "longest", "tokens", "fill", "flops", "baseline"} <= set(said)
+    prepared = ours.prepare()
+    error = Gate(case).check(prepared)
+    assert error["share"] <= 1 and error["baseline_name"] == "transformers eager"
+    assert prepared.notes["ops"]["unpad"] in ("csrc", "reference")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_peer_is_there(name):
+    short, full = ([c.name for c in small(name, full=f)[1]] for f in (False, True))
+    assert len(set(full)) == len(full) > len(short) >= 3
+    assert set(short) <= set(full)
+    assert any("sdpa" in n for n in short) and any("varlen" in n for n in short)
+
+
+@pytest.mark.parametrize("name", ["cpu 16x128 33%", "case 8"])
+def test_a_wrong_model_is_never_timed(name, tmp_path, monkeypatch):
+    """An activation slightly off, within the op that every layer calls."""
+    right = reference.activation
+    monkeypatch.setattr(reference, "activation", lambda x, kind: right(x, kind) * 1.001)
+    run = Run.start(tmp_path / "run.json", "test", "test")
+    case, candidates = small(name)
+    harness.measure(case, candidates, run, rounds=2, least=1)
+    rows = {row["candidate"]: row for row in run.data["rows"]}
+    assert rows["bert_fast"]["state"] == "refused"
+    assert not {"wall", "device", "rate"} & set(rows["bert_fast"])
+    assert rows["transformers sdpa"]["state"] == "measured"
+
+
+def test_lengths_are_those_of_the_goals():
+    def lengths(name):
+        return encoder.SPECS[name].lengths(7)
+
+    for name, shape in (("case 3", (128, 128)), ("case 4", (128, 384)), ("cpu 2x512", (2, 512))):
+        assert lengths(name) == [shape[1]] * shape[0]
+    for name, n, high, fill in (
+        ("cpu 16x128 33%", 16, 128, 0.33),
+        ("cpu 8x512 46%", 8, 512, 0.46),
+        ("case 7", 16, 512, 0.6),
+    ):
+        got = lengths(name)
+        assert len(got) == n and max(got) == high and min(got) >= 2
+        assert abs(sum(got) / (n * high) - fill) < 1e-3
+        assert got != encoder.SPECS[name].lengths(8)
+    texts = lengths("case 5")
+    assert len(texts) == 8192 and min(texts) >= 16 and max(texts) <= 512
+    assert abs(sum(texts) / 8192 - 256) < 5
+
+
+def test_flops_are_those_that_are_counted():
+    """Products of the padded reference on full sequences, where nothing is padding."""
+    case, _ = small("case 3")
+    with FlopCounterMode(display=False) as counted:
+        case.truth(case.inputs[0])
+    assert case.work.flops == counted.get_total_flops()
+
+
+def test_flops_of_a_step_are_three_forwards():
+    config = encoder.config_of("large", 128, small=False)
+    lengths = (128,) * 64
+    forward = 24 * (24 * 1024**2 + 4 * 128 * 1024)  # of a token
+    head = 0.15 * (2 * 1024**2 + 2 * 1024 * config.vocab_size)
+    assert encoder.forward_flops(config, lengths) == forward * 64 * 128
+    want = 3 * (forward + head) * 64 * 128
+    assert pretraining.step_flops(config, lengths) == pytest.approx(want, rel=1e-9)
+
+
+def test_training_has_dropout_and_moves_the_weights():
+    case, (ours, *_) = small("case 8")
+    prepared = ours.prepare()
+    plain = prepared.check(case.inputs[0])["loss"]
+    first = prepared.run(case.inputs[0])
+    assert prepared.changes_state and abs(first - plain) > 1e-4
+    for _ in range(20):
+        prepared.run(case.inputs[0])
+    assert prepared.check(case.inputs[0])["loss"] < plain - 0.1
+
+
+def test_texts_are_checked_by_a_sample_of_all_lengths():
+    case, _ = small("case 5")
+    texts = case.inputs[0]
+    chosen = [texts.lengths[i] for i in texts.sample]
+    assert {min(texts.lengths), max(texts.lengths)} <= set(chosen)
+    assert case.truth(texts)["embedding"].shape[0] == len(chosen)
+
+
+def test_a_stage_that_is_not_there_is_refused(tmp_path):
+    run = Run.start(tmp_path / "run.json", "test", "test")
+    with pytest.raises(ValueError, match="got 'breakfast'"):
+        stages.perform("breakfast", stages.Context(run, CPU, True, float("inf")))
