@@ -216,8 +216,12 @@ class Gate:
         """
         worst: dict[str, Any] = {}
         for i, inputs in enumerate(self._case.inputs):
-            found = self._worst(prepared.check(inputs), i, factor)
-            self._restore(i)
+            try:
+                found = self._worst(prepared.check(inputs), i, factor)
+            finally:
+                changed = self._restore(i)
+            if changed:
+                raise RefusedError("inputs: want them left as they are, got them changed")
             if found and (not worst or found["share"] > worst["share"]):
                 worst = found
         if not worst:
@@ -231,15 +235,14 @@ class Gate:
             )
         return worst
 
-    def _restore(self, i: int) -> None:
-        """Raise RefusedError if inputs i were changed, and undo that for the next candidate."""
+    def _restore(self, i: int) -> bool:
+        """Return whether inputs i were changed; that is undone for the next candidate."""
         changed = False
         for t, original in zip(_tensors(self._case.inputs[i]), self._inputs[i], strict=True):
             if not torch.equal(t, original):
                 t.copy_(original)
                 changed = True
-        if changed:
-            raise RefusedError("inputs: want them left as they are, got them changed")
+        return changed
 
     def _worst(self, own: Outputs, i: int, factor: float) -> dict[str, Any]:
         """Return the largest error of an answer for inputs i, as a share of what is allowed."""

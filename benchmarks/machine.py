@@ -197,6 +197,7 @@ def environment(device: torch.device, root: Path = ROOT) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "torch": str(torch.__version__),  # its metadata may lack the build, "+cu130"
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "variables": _variables(),

@@ -1,7 +1,9 @@
 """Where the time of a call goes: its kernels on a GPU, its operators on a CPU."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _WARMUP = 2
 _CALLS = 3
+_SLOWEST = 1.0  # seconds of a call: one of many small kernels has millions of events beyond that
 _NAME = 120  # characters; a kernel's template arguments can fill a page
 
 
@@ -31,6 +34,32 @@ def _timeline(event: Any) -> bool:
     return bool(getattr(event, "is_user_annotation", False)) or event.key.startswith("ProfilerStep")
 
 
+def _events(watched: profile, device: torch.device) -> list[Any]:
+    """Return the events, those of one name together.
+
+    For a GPU without their nesting, which only a processor's times need: to find it, `key_averages`
+    takes 0.2 ms an event, and a call of many small kernels has a hundred thousand.
+    """
+    raw = getattr(getattr(watched, "profiler", None), "kineto_results", None)
+    if device.type != "cuda" or raw is None:
+        return watched.key_averages()
+    spent: dict[tuple[str, DeviceType, bool], list[int]] = defaultdict(list)
+    for event in raw.events():
+        if not getattr(event, "is_hidden_event", bool)():
+            name, kind, named = event.name(), event.device_type(), event.is_user_annotation()
+            spent[name, kind, named].append(event.duration_ns())
+    return [
+        SimpleNamespace(
+            key=name,
+            device_type=kind,
+            is_user_annotation=named,
+            count=len(ns),
+            self_device_time_total=sum(ns) / 1e3,
+        )
+        for (name, kind, named), ns in spent.items()
+    ]
+
+
 def kernels(run_once: Callable[[], Any], device: torch.device, top: int = 25) -> dict[str, Any]:
     """Profile a few calls after a warm-up.
 
@@ -43,11 +72,19 @@ def kernels(run_once: Callable[[], Any], device: torch.device, top: int = 25) ->
         "of": "kernels" or, on a CPU, "operators". For one call: "wall_s" without the profiler;
         "device_s", the time of all of them; "kernels", each with "name", "calls", "total_us" and
         its "share" of "device_s"; "kinds", how many differ; "host_ops", operators dispatched by
-        the host. Where the profiler saw nothing on the GPU, "device_s" is None.
+        the host. Where the profiler saw nothing on the GPU, "device_s" is None; a call that takes
+        too long for it has "left_out", why, and no kernels.
     """
+    wall = 0.0
     for _ in range(_WARMUP):
+        start = time.perf_counter()
         run_once()
-    _wait(device)
+        _wait(device)
+        wall = time.perf_counter() - start
+    if wall > _SLOWEST:
+        why = f"a call takes {wall:.1f} s, want at most {_SLOWEST:g} s to profile it"
+        none = {"of": "kernels", "wall_s": wall, "device_s": None, "kernels": [], "kinds": 0}
+        return none | {"host_ops": None, "left_out": why}
     start = time.perf_counter()
     for _ in range(_CALLS):
         run_once()
@@ -61,7 +98,7 @@ def kernels(run_once: Callable[[], Any], device: torch.device, top: int = 25) ->
             run_once()
         _wait(device)
 
-    events = [event for event in watched.key_averages() if not _timeline(event)]
+    events = [event for event in _events(watched, device) if not _timeline(event)]
     host = [event for event in events if event.device_type == DeviceType.CPU]
     listed = [event for event in events if event.device_type == DeviceType.CUDA] if cuda else host
     own = _device_us if cuda else lambda event: float(event.self_cpu_time_total)
@@ -97,6 +134,8 @@ def _each(count: int) -> int | float:
 
 def table(profiled: dict[str, Any]) -> str:
     """Return what `kernels` found as text, a line for each kernel."""
+    if "left_out" in profiled:
+        return profiled["left_out"]
     spent = profiled["device_s"]
     device = (
         "nothing seen on the device"

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import builds
@@ -51,6 +51,10 @@ class Context:
         """Seconds that are left."""
         return self.until - time.monotonic()
 
+    def within(self, seconds: float) -> "Context":
+        """Return the same for a part of the stage that should be over in so many seconds."""
+        return replace(self, until=min(self.until, time.monotonic() + seconds))
+
 
 def _machine(context: Context) -> None:
     """Environment, ceilings, the rates of BERT's matrix products."""
@@ -89,7 +93,7 @@ def _ops(context: Context) -> None:
         dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
         size = "small" if context.small else "full"
         case, candidates = ops.case(name, context.device, dtype, size)
-        _measure(context, case, candidates, rounds=30, seconds=share / 2)
+        _measure(context.within(4 * share), case, candidates, rounds=30, seconds=share / 2)
 
 
 def _encoder(context: Context, name: str, full: bool) -> None:
@@ -107,6 +111,9 @@ def _pretraining(context: Context, name: str, full: bool) -> None:
 
 def _measure(context: Context, case: Case, candidates: list[Candidate], **how: float) -> None:
     """Measure a case, say what came of it, and leave room for the next."""
+
+    if context.small:
+        how |= {"rounds": 3, "least": 1}
 
     def measure(case: Case, candidates: list[Candidate], run: Run) -> None:
         harness.measure(case, candidates, run, deadline=context.until, **how)
@@ -135,10 +142,14 @@ def _each(
 
 def _cases(context: Context, number: str, full: bool) -> None:
     """Every part of a case of the targets."""
-    for module, measure in ((encoder, _encoder), (pretraining, _pretraining)):
-        for name in module.SPECS:
-            if name == f"case {number}" or name.startswith(f"case {number} "):
-                measure(context, name, full)
+    parts = [
+        (measure, name)
+        for module, measure in ((encoder, _encoder), (pretraining, _pretraining))
+        for name in module.SPECS
+        if name == f"case {number}" or name.startswith(f"case {number} ")
+    ]
+    for i, (measure, name) in enumerate(parts):
+        measure(context.within(context.left / (len(parts) - i)), name, full)
 
 
 def _profile(context: Context) -> None:
@@ -192,6 +203,8 @@ def main() -> int:
     args = parser.parse_args()
     die_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set, would make the truth TF32
+    torch.set_float32_matmul_precision("highest")
     run = Run.open(args.file, args.heart)
     try:
         perform(args.stage, Context(run, torch.device(args.device), args.small, args.until))

@@ -208,3 +208,25 @@ BROKEN = {
 def test_a_broken_case_is_told(what):
     with pytest.raises(ValueError, match=r"case x: .*want"):
         Gate(replace(case(), **BROKEN[what]))
+
+
+@pytest.mark.parametrize("then", ["answers", "raises"])
+def test_inputs_that_were_changed_are_put_back(then):
+    one = case("fp32")
+    originals = [x_TD.clone() for x_TD in one.inputs]
+
+    def spoil(x_TD):
+        answer = plain(x_TD)
+        x_TD.mul_(2)
+        if then == "raises":
+            raise RuntimeError("spoilt")
+        return answer
+
+    gate = Gate(one)
+    with pytest.raises(
+        RefusedError if then == "answers" else RuntimeError, match=r"changed|spoilt"
+    ):
+        gate.check(prepared(spoil))
+    for x_TD, original in zip(one.inputs, originals, strict=True):
+        assert torch.equal(x_TD, original)
+    assert gate.check(prepared(plain))["share"] <= 1

@@ -298,3 +298,44 @@ def test_a_profile_of_a_gpu_lists_kernels_only(monkeypatch):
     assert found["device_s"] == pytest.approx(40e-6) and found["host_ops"] == 2
     events.clear()
     assert profiles.kernels(lambda: None, torch.device("cuda"))["device_s"] is None
+
+
+def test_a_profile_of_a_gpu_sums_raw_events_where_torch_has_them():
+    def event(name, kind, ns, annotation=False, hidden=False):
+        return SimpleNamespace(
+            name=lambda: name,
+            device_type=lambda: kind,
+            duration_ns=lambda: ns,
+            is_user_annotation=lambda: annotation,
+            is_hidden_event=lambda: hidden,
+        )
+
+    raw = [
+        event("gemm", DeviceType.CUDA, 2000),
+        event("gemm", DeviceType.CUDA, 4000),
+        event("gemm", DeviceType.CPU, 9000),
+        event("range", DeviceType.CUDA, 7000, annotation=True),
+        event("hidden", DeviceType.CUDA, 7000, hidden=True),
+    ]
+    results = SimpleNamespace(events=lambda: raw)
+    watched = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    found = profiles._events(watched, torch.device("cuda"))
+    assert [(e.key, e.device_type, e.count, e.self_device_time_total) for e in found] == [
+        ("gemm", DeviceType.CUDA, 2, 6.0),
+        ("gemm", DeviceType.CPU, 1, 9.0),
+        ("range", DeviceType.CUDA, 1, 7.0),
+    ]
+    assert [profiles._timeline(e) for e in found] == [False, False, True]
+
+
+def test_a_call_too_slow_to_profile_is_left_out(monkeypatch):
+    monkeypatch.setattr(profiles, "_SLOWEST", 0.01)
+    calls = []
+
+    def slow() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    found = profiles.kernels(slow, CPU)
+    assert len(calls) == 2 and found["kernels"] == [] and found["device_s"] is None
+    assert profiles.table(found) == found["left_out"] and "want at most 0.01 s" in found["left_out"]
