@@ -130,7 +130,7 @@ def case(
         slots = 0  # batching is the candidate's own business: nothing is padded yet
     else:
         inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
-        ours, theirs = partial(_our_encoder, *what), peers.encoder_peers(*what, full=full)
+        ours, theirs = partial(our_encoder, *what), peers.encoder_peers(*what, full=full)
         slots = inputs[0].input_ids.numel()
     tokens = sum(map(sum, lengths)) // len(lengths)
     flops = sum(forward_flops(config, tuple(n)) for n in lengths) // len(lengths)
@@ -142,7 +142,7 @@ def case(
         device=device,
         dtype=short(dtype),
         inputs=inputs,
-        truth=_on_sample(_truth(state, config, device, exact), device),
+        truth=_on_sample(truth_of(state, config, device, exact), device),
         baseline=_on_sample(baseline, device),
         baseline_name=baseline_name,
         work=Work(tokens, slots, len(lengths[0]), flops=flops),
@@ -153,7 +153,7 @@ def case(
 # --- the truth -----------------------------------------------------------------------------------
 
 
-def _truth(
+def truth_of(
     state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Batch], Outputs]:
     """Return the hidden states of the padded reference in fp32 or fp64, TF32 being off."""
@@ -202,9 +202,10 @@ def _our_model(
     return model, {"ops": ops}
 
 
-def _our_encoder(
+def our_encoder(
     state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
+    """Return this project's encoder for padded batches."""
     model, notes = _our_model(state, config, device, dtype)
 
     def run(batch: Batch) -> Tensor:

@@ -238,18 +238,23 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _behind(lines: Iterable[Line]) -> str:
-    """Return the list of peers that are faster than bert_fast."""
+    """Return the list of peers that are faster than bert_fast: their time as a share of ours."""
     compared = [line for line in lines if line.peers is not None]
     if not compared:
         return "Nothing is compared yet.\n"
-    items = [
-        f"- {line.target.key}: {ratio.peer} takes {figure(ratio.value)}x our time"
-        f" in {ratio.case}, {line.peers.run.link}\n"
-        for line in compared
-        for ratio in line.peers.measured.peers
-        if ratio.value < 1
-    ]
-    return "".join(items) or f"No peer, in {len(compared)} rows that are compared.\n"
+    items = []
+    for line in compared:
+        faster = [ratio for ratio in line.peers.measured.peers if ratio.value < 1]
+        cases = dict.fromkeys(ratio.case for ratio in faster)
+        for case in cases:
+            peers = [f"{figure(r.value)}x {r.peer}" for r in faster if r.case == case]
+            where = "" if case == line.target.key else f", {case}"
+            items.append(
+                f"- {line.target.key}{where}: {'; '.join(peers)} ({line.peers.run.link})\n"
+            )
+    if items:
+        return "The peer's time as a share of ours:\n\n" + "".join(items)
+    return f"No peer, in {len(compared)} rows that are compared.\n"
 
 
 def render(runs: Sequence[Kept]) -> str:

@@ -78,6 +78,9 @@ def _processor() -> dict[str, Any]:
     flags = first.get("flags", "").split()
     return {
         "processor": first.get("model name") or platform.processor() or platform.machine(),
+        "processor_model": " ".join(
+            first.get(k, "?") for k in ("vendor_id", "cpu family", "model")
+        ),
         "cores": len(cores) or len(usable),
         "logical_cores": len(usable),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
@@ -194,7 +197,7 @@ def environment(device: torch.device, root: Path = ROOT) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load": [round(load, 2) for load in os.getloadavg()],
         **_memory(),
-        "os": f"{platform.system()} {platform.release()}",
+        "os": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "torch": str(torch.__version__),  # its metadata may lack the build, "+cu130"

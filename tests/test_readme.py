@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_ELSEWHERE = {  # command -> (file, what it must contain) that runs it
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test"),
+    "make gpu": (".ci/run", "make gpu"),
     "pip install .": (".ci/run", 'pip install --no-deps --target "$work/plain" .'),
     "pip install --no-build-isolation .": (
         ".ci/run",

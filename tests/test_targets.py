@@ -86,10 +86,9 @@ def test_the_best_peer_of_each_class():
     ]
     text = ledger.render([Kept("x/0.json", data)])
     behind = text.split("## Where a peer is faster")[1].split("## ")[0]
-    assert re.findall(r"^- case 5: (.*?) takes (\S+)x", behind, re.MULTILINE) == [
-        ("varlen_attn compile", "0.800"),
-        ("varlen_attn", "0.900"),
-    ]
+    assert (
+        "\n- case 5: 0.800x varlen_attn compile; 0.900x varlen_attn ([x/0](x/0.json))\n" in behind
+    )
     rows[5:7] = []
     text = ledger.render([Kept("x/0.json", run({"case 5": rows}))])
     assert "No peer, in 1 rows" in text and "varlen: not measured yet" in text
