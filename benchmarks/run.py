@@ -49,11 +49,12 @@ def main() -> int:
     parser.add_argument("what", nargs="*", help="the case, or the rows of the CPU's table")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     args = parser.parse_args()
+    if args.suite == "case" and args.what == ["9"]:
+        print("case 9 is absent: it wants LAMB, which is not built yet")
+        return 0
     if args.suite == "case" and (len(args.what) != 1 or args.what[0] not in CASES):
         got = " ".join(args.what) or "none"
-        parser.error(
-            f"case: want one of {', '.join(CASES)}, got {got}; 9 wants LAMB, not built yet"
-        )
+        parser.error(f"case: want one of {', '.join(CASES)}, got {got}")
     if args.suite == "cpu" and not set(args.what) <= set(CPU_TABLE):
         parser.error(f"cpu: want rows of {', '.join(CPU_TABLE)}, got {' '.join(args.what)}")
     if args.suite in ("gpu", "proof") and args.what:

@@ -24,7 +24,7 @@ import pretraining
 import profiles
 import proof
 import torch
-from gate import Candidate, Case
+from gate import Candidate, Case, short
 from op_rows import DTYPES
 from record import Run
 from supervise import EXIT_LOST, die_with_parent
@@ -79,10 +79,13 @@ def _machine(context: Context) -> None:
 def _smoke(context: Context) -> None:
     """Every op at odd shapes in every dtype: checked, not timed."""
     for dtype in DTYPES:
+        seen = []
         for name in ops.names():
             case, candidates = ops.case(name, context.device, dtype, "odd")
             ours = [c for c in candidates if c.name == "bert_fast"]
             _each(context, case, ours, harness.prove)
+            seen.append(case.name)
+        print(f"{short(dtype)}: {context.run.summary(seen)}", flush=True)
 
 
 def _ops(context: Context) -> None:
@@ -110,8 +113,7 @@ def _pretraining(context: Context, name: str, full: bool) -> None:
 
 
 def _measure(context: Context, case: Case, candidates: list[Candidate], **how: float) -> None:
-    """Measure a case, say what came of it, and leave room for the next."""
-
+    """Measure a case, and say what came of it."""
     if context.small:
         how |= {"rounds": 3, "least": 1}
 
@@ -119,6 +121,7 @@ def _measure(context: Context, case: Case, candidates: list[Candidate], **how: f
         harness.measure(case, candidates, run, deadline=context.until, **how)
 
     _each(context, case, candidates, measure)
+    print(context.run.summary([case.name]), flush=True)
 
 
 def _each(
@@ -127,14 +130,13 @@ def _each(
     candidates: list[Candidate],
     do: Callable[[Case, list[Candidate], Run], None],
 ) -> None:
-    """Do it; a case that is broken does not keep the next from running."""
+    """Do it and leave room for the next case, which a broken one does not keep from running."""
     try:
         do(case, candidates, context.run)
     except harness.DeviceLostError:
         raise
     except Exception:
         traceback.print_exc()
-    print(context.run.summary([case.name]), flush=True)
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
