@@ -26,7 +26,11 @@ EXTENSION := .venv/.extension
 # As torch chooses it: $CXX, else c++ (make's own default for CXX is g++).
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TRY_COMPILER = echo '\#include <Python.h>' | $(COMPILER) -fopenmp -fsyntax-only -x c++ \
-	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null
+	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)" - 2>/dev/null
+
+ifneq ($(filter gpu-cases,$(MAKECMDGOALS)),)
+$(if $(CASE),,$(error CASE: want the number of a case, as in make gpu-cases CASE=3))
+endif
 
 .PHONY: help test test-long demo lint gpu gpu-cases gpu-proof cpu-table ledger ext clean
 

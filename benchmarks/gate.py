@@ -269,6 +269,7 @@ class Gate:
                     "allowed": most,
                     "baseline_name": self._case.baseline_name,
                     "worst": name,
+                    "factor": factor,
                     "share": share,
                 }
         return worst

@@ -275,7 +275,16 @@ class Target:
         """Return what became of bert_fast in the cases, the worst of it; None: not there."""
         rows = self.rows(run)
         states = [rows.state(case) for case in self.cases]
-        order = ("refused", "failed", "absent", "started", "checked", "passed", "measured")
+        order = (
+            "refused",
+            "failed",
+            "absent",
+            "started",
+            "checked",
+            "unfinished",
+            "passed",
+            "measured",
+        )
         return next((state for state in order if state in states), None)
 
     def read(self, run: dict[str, Any]) -> Measured | None:

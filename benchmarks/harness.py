@@ -177,7 +177,7 @@ def _try_to_prepare(
 ) -> _Entry | None:
     """Return the candidate if it can be timed; else its row says why not."""
     run.put(case.name, candidate.name, state="started", why="")
-    run.at(case.name, candidate.name)
+    run.at(case.name, candidate.name, until=time.monotonic() + seconds)
     try:
         with _limit(seconds):
             return _prepare(case, gate, candidate, run)
@@ -254,7 +254,7 @@ def measure(
             allowed = min(allowed, (deadline - kept - time.monotonic()) / 2)
             if allowed <= 0:
                 why = "the time was over before its turn"
-                run.put(case.name, candidate.name, state="failed", why=why)
+                run.put(case.name, candidate.name, state="unfinished", why=why)
                 continue
         entry = _try_to_prepare(case, gate, candidate, run, allowed)
         entries += [] if entry is None else [entry]
@@ -333,7 +333,7 @@ def _finish(case: Case, gate: Gate, entry: _Entry, run: Run, cut: bool) -> None:
     """Check a candidate once more: what runs when it is warm must be as right as the first time."""
     if not entry.samples.wall:
         why = "the time was over before it was timed"
-        run.put(case.name, entry.name, state="failed", why=why)
+        run.put(case.name, entry.name, state="unfinished", why=why)
         return
     fields: dict[str, Any] = {"state": "measured"} | ({"cut": True} if cut else {})
     run.at(case.name, entry.name)
@@ -397,8 +397,8 @@ def describe(case: Case) -> dict[str, Any]:
         "slots": work.slots,
         "fill": work.tokens / work.slots if work.slots else None,
         "sequences": work.sequences,
-        "bytes": work.bytes,
-        "flops": work.flops,
+        "bytes": work.bytes or None,
+        "flops": work.flops or None,
         "baseline": case.baseline_name,
         "flushed": case.flush,
         **case.facts,
@@ -423,7 +423,6 @@ def rates(case: Case, seconds: float, data: Mapping[str, Any]) -> dict[str, floa
     work, ceilings, rate = case.work, data["ceilings"], {}
     for name, amount in (
         ("tokens_per_s", work.tokens),
-        ("slots_per_s", work.slots),
         ("sequences_per_s", work.sequences),
         ("gb_per_s", work.bytes / 1e9),
         ("tflop_per_s", work.flops / 1e12),

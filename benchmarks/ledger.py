@@ -266,16 +266,21 @@ def render(runs: Sequence[Kept]) -> str:
         head = ("row", "goal", "best measured", "against peers", "file")
         parts += [f"## {title}\n", _table(head, (line.cells() for line in lines))]
     parts.append("## The runs\n")
-    head = ("file", "device", "processor", "date", "commit", "torch", "suite", "ended")
+    head = ("file", "device", "processor", "copy, GB/s", "fp32, TFLOP/s", "bf16, TFLOP/s")
+    head += ("date", "commit", "torch", "suite", "ended")
     parts.append(_table(head, map(_entry, runs)) if runs else "None yet.\n")
     return "\n".join(parts)
 
 
 def _entry(run: Kept) -> tuple[str, ...]:
     of = run.data["environment"]
-    texts = (of.get("device"), of.get("processor"), run.data["started"][:10])
+    ceilings = run.data["ceilings"]
+    products = ceilings.get("matmul_tflop_per_s", {})
+    reached = (ceilings.get("copy_gb_per_s"), products.get("fp32"), products.get("bf16"))
+    texts = (of.get("device"), of.get("processor"), *(rate and figure(rate) for rate in reached))
     last = (of.get("torch"), run.data.get("suite"), run.data.get("ended"))
-    return run.link, *(str(text or "") for text in (*texts, _commit(of), *last))
+    texts = (*texts, run.data["started"][:10], _commit(of), *last)
+    return run.link, *(str(text or "") for text in texts)
 
 
 def _commit(environment: dict[str, Any]) -> str:

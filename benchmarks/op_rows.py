@@ -24,6 +24,8 @@ SETS = 2  # of inputs
 # Eager PyTorch rounds to 16 bits between its steps, and on a CPU in the sums of LayerNorm's
 # gradients too, where the baseline does not.
 PEER_FACTOR = 32.0
+# By how much of the norm PyTorch's expression may differ from the reference in the same dtype.
+_APART = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 Answers = tuple[Tensor, ...]
 
@@ -190,6 +192,12 @@ def build(
     def truth(v: Inputs, p: float = row.p) -> dict[str, Tensor]:
         return row.answers(reference, v.to(wider), p)
 
+    def trusted(v: Inputs) -> dict[str, Tensor]:
+        wide = v.to(wider)
+        other = _peer(row, case, row.peers["torch"], truth, wider).check(wide)
+        _agree(name, truth(v), other, _APART[wider])
+        return truth(v)
+
     @functools.cache
     def baseline(v: Inputs) -> dict[str, Tensor]:
         return row.answers(reference, v, row.p)
@@ -207,7 +215,7 @@ def build(
         device,
         "fp64" if row.exact else kind,  # the bound that lets no whole number differ
         inputs,
-        lambda v: _without(truth(v), row.only_ours),
+        lambda v: _without(trusted(v), row.only_ours),
         lambda v: _without(baseline(v), row.only_ours),
         "reference, in whole numbers" if row.exact else f"reference in {kind}",
         row.work(dtype.itemsize, row.p, **sizes),
@@ -225,6 +233,19 @@ def build(
         prepare = functools.partial(_peer, row, case, peer, truth, wider)
         candidates.append(Candidate(peer_name, prepare, PEER_FACTOR))
     return case, candidates
+
+
+def _agree(
+    name: str, truth: Mapping[str, Tensor], other: Mapping[str, Tensor], most: float
+) -> None:
+    """Raise ValueError unless PyTorch's own expression agrees with the reference.
+
+    The op may be the reference itself: without this a mistake there would pass as the truth.
+    """
+    for output, t in other.items():
+        off = (t.double() - truth[output].double()).norm().item()
+        if off > most * max(truth[output].double().norm().item(), 1e-30):
+            raise ValueError(f"{name}: {output}: want a truth that PyTorch agrees with, got {off}")
 
 
 def _bert_fast(row: Row, case: Case, rest: Case) -> Prepared:

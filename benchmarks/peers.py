@@ -19,7 +19,6 @@ from workload import Batch, Texts
 from bert_fast import BertConfig, reference_model
 
 State = Mapping[str, Tensor]
-MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def _varlen_attention(device: torch.device, dtype: torch.dtype) -> varlen_bert.Attention:
@@ -61,7 +60,7 @@ def encoder_peers(
         peers.append(Candidate(f"transformers sdpa {backend}", prepare))
     peers += [varlen, Candidate("onnxruntime", partial(_onnx, *what))]
     peers.append(Candidate("varlen_attn compile", partial(_varlen, *what, compiled=True)))
-    for mode in MODES:  # those that compile longest come last: time may be over before them
+    for mode in stock_bert.MODES:  # those that compile longest come last: time may be over
         for attention in ("sdpa", "eager"):
             prepare = partial(_stock, *what, attention, mode=mode)
             peers.append(Candidate(f"transformers {attention} compile {mode}", prepare))
@@ -258,29 +257,32 @@ def _stock_texts(
     if compiled:
         forward = stock_bert.compiled(forward, "default", dynamic=True, device=device)
 
+    notes: dict[str, Any] = {"attention": "sdpa", "weights": short(dtype)}
+    notes |= {"batch_size": batch_size} | ({"compile": "default, dynamic"} if compiled else {})
+
     def embed(texts: Texts) -> Tensor:
         lengths, parts = texts.lengths, texts.ids.split(texts.lengths)
         order = list(range(len(lengths)))
         if by_length:
             order.sort(key=lengths.__getitem__, reverse=True)
-        firsts = []
+        firsts, slots = [], 0
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids = torch.nn.utils.rnn.pad_sequence(
                 [parts[i] for i in chosen], batch_first=True, padding_value=pad_id
             )
             counts, mask = [lengths[i] for i in chosen], None
+            slots += ids.numel()
             if min(counts) < max(counts):
                 columns = torch.arange(max(counts), device=device)
                 mask = (columns < _to(device, torch.tensor(counts))[:, None]).long()
             firsts.append(forward(_to(device, ids), mask)[:, 0])
+        notes["fill"] = round(sum(lengths) / slots, 4)
         rows = torch.cat(firsts)
         if not by_length:
             return rows
         return torch.empty_like(rows).index_copy_(0, _to(device, torch.tensor(order)), rows)
 
-    notes = {"attention": "sdpa", "weights": short(dtype), "batch_size": batch_size}
-    notes |= {"compile": "default, dynamic"} if compiled else {}
     return _texts_prepared(embed, device, notes)
 
 
@@ -307,7 +309,7 @@ def _varlen_texts(
             firsts.append(x.index_select(0, at.cu_seqlens[:-1]))
         return torch.cat(firsts)
 
-    notes = _varlen_notes(dtype, compiled=False) | {"token_budget": token_budget}
+    notes = _varlen_notes(dtype, compiled=False) | {"token_budget": token_budget, "fill": 1.0}
     return _texts_prepared(embed, device, notes)
 
 

@@ -3,10 +3,12 @@
     {"format", "suite", "command", "rehearsal", "started", "finished", "ended", "environment",
      "ceilings", "stages", "cases", "rows"}
 
+and, where their stages ran, "build", "gemms", "profiles" and "proof".
+
 A row is what became of one candidate in one case. Its state is `started` (being prepared),
 `checked` (right, not timed to the end yet), `measured`, `passed` (right, and not to be timed),
-`refused` (its answers are wrong: never timed), `absent` (what it needs is not here) or `failed`;
-`why` says more for the last three.
+`refused` (its answers are wrong: never timed), `absent` (what it needs is not here), `failed` or
+`unfinished` (the time was over, or the run interrupted); `why` says more for the last four.
 """
 
 import datetime
@@ -20,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
-FINAL = ("measured", "passed", "refused", "absent", "failed")
+FINAL = ("measured", "passed", "refused", "absent", "failed", "unfinished")
 _SHOWN_RATES = {
     "tokens_per_s": "tok/s",
     "gb_per_s": "GB/s",
@@ -28,6 +30,17 @@ _SHOWN_RATES = {
     "of_copy": "of copy",
     "of_matmul": "of matmul",
 }
+
+
+_HEARTBEAT = 250  # bytes
+
+
+def heartbeat(descriptor: int) -> tuple[str, str, float | None]:
+    """Return what `Run.at` wrote last: case, candidate, and until when it may run."""
+    word = os.pread(descriptor, _HEARTBEAT, 0).decode(errors="replace").strip(" ")
+    case, _, rest = word.partition("\t")
+    candidate, _, until = rest.partition("\t")
+    return case, candidate, float(until) if until else None
 
 
 def clean(text: str, most: int = 400) -> str:
@@ -135,12 +148,12 @@ class Run:
     def settle(self, why: str, save: bool = True) -> None:
         """Bring every row to its final state, after whoever measured has stopped.
 
-        What has been timed for some rounds is measured, cut short; what has not been timed failed.
+        What has been timed for some rounds is measured, cut short; the rest is unfinished.
         """
         for row in self.data["rows"]:
             if row["state"] not in FINAL:
                 timed = "wall" in row
-                row.update({"state": "measured", "cut": True} if timed else {"state": "failed"})
+                row.update({"state": "measured", "cut": True} if timed else {"state": "unfinished"})
                 row["why"] = why
         if save:
             self.save()
@@ -155,10 +168,11 @@ class Run:
         self.data[key] = value
         self.save()
 
-    def at(self, case: str = "", candidate: str = "") -> None:
-        """Leave word of who runs from now on."""
+    def at(self, case: str = "", candidate: str = "", until: float | None = None) -> None:
+        """Leave word of who runs from now on, and until when on time.monotonic() it may."""
         if self._heartbeat is not None:
-            os.pwrite(self._heartbeat, f"{case}\t{candidate}".ljust(200).encode(), 0)
+            word = f"{case}\t{candidate}\t{until or ''}"
+            os.pwrite(self._heartbeat, word.encode().ljust(_HEARTBEAT), 0)
 
     def summary(self, cases: Sequence[str] | None = None) -> str:
         """Return a line for each row, of these cases alone if given: what came of it, and rates.
@@ -186,5 +200,5 @@ class Run:
                 line += row["state"] + (f": {row['why']}" if row.get("why") else "")
             lines.append(line)
         if passed:
-            lines.insert(0, f"{passed} checks passed")
+            lines.insert(0, f"{passed} check{'s' if passed > 1 else ''} passed")
         return "\n".join(lines)

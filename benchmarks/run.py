@@ -83,7 +83,7 @@ def main() -> int:
         status = supervise(path, stages_of(args.suite, args.what), child)
     print(f"\n{Run.open(path).summary()}")
     print(f"written: {_shown(path)}")
-    if status == 0 and not rehearsal:
+    if not rehearsal:
         print(f"to keep it: python benchmarks/ledger.py --keep {_shown(path)}")
     return status
 

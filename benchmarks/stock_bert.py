@@ -19,6 +19,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 _CUDA_ONLY = ("cudnn", "efficient")
 
 

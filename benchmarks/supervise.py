@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from record import Run, now
+from record import Run, heartbeat, now
 
 EXIT_LOST = 75  # a stage's exit status: the GPU no longer answers it, a new process may go on
 _GRACE = 10.0  # seconds between asking a stage to stop and killing it
@@ -44,7 +44,7 @@ class Stage:
 
 @dataclass
 class _End:
-    """How a process ended: "exit", "deadline" or "interrupted", and its exit status."""
+    """How a process ended: "exit", "hung", "deadline" or "interrupted", and its exit status."""
 
     how: str
     status: int
@@ -145,13 +145,14 @@ def _run_stage(
         with tempfile.TemporaryFile() as heart:
             argv = command(stage, deadline - _MARGIN, heart.fileno())
             end = _run_process(argv, heart.fileno(), deadline, interrupt, log)
-            heart.seek(0)
-            case, _, candidate = heart.read().decode().strip().partition("\t")
+            case, candidate, _ = heartbeat(heart.fileno())
         for leftover in path.parent.glob(f".{path.name}.*"):
             leftover.unlink()
         run = Run.open(path)
         under = run.unsettled(case, candidate)  # it ended, or was stopped, while these ran
-        again = end.how == "exit" and outcome["restarts"] < _MOST_RESTARTS and not interrupt.came
+        by_itself = end.how in ("exit", "hung")
+        again = by_itself and outcome["restarts"] < _MOST_RESTARTS and not interrupt.came
+        died = "hung, and was killed" if end.how == "hung" else _death(end.status)
         if end.how == "exit" and end.status == 0 and not under:
             outcome["ended"] = "done"
             run.settle("the stage ended before it was timed")
@@ -167,13 +168,13 @@ def _run_stage(
         elif again and under:
             for name in under:
                 run.drop_times(case, name)
-                run.put(case, name, state="failed", why=f"its process {_death(end.status)}")
+                run.put(case, name, state="failed", why=f"its process {died}")
             outcome["restarts"] += 1
             continue
         else:
-            outcome["ended"] = f"broke: its process {_death(end.status)}"
+            outcome["ended"] = f"broke: its process {died}"
             run.settle(f"stage {stage.name} broke")
-        for name in under if end.how != "exit" else ():
+        for name in under if not by_itself else ():
             why = f"{run.row(case, name)['why']}, while it ran and did not stop"
             run.put(case, name, why=why)
         outcome["seconds"] = round(time.monotonic() - start, 1)
@@ -212,6 +213,9 @@ def _run_process(
             if interrupt.came or time.monotonic() > deadline:
                 how = "interrupted" if interrupt.came else "deadline"
                 _stop(process)
+            elif time.monotonic() > (heartbeat(heart)[2] or deadline) + _GRACE:
+                how = "hung"  # not in Python, where its own limit would have reached it
+                break
             else:
                 time.sleep(0.05)
     finally:

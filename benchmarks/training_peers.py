@@ -55,19 +55,15 @@ def pretraining_peers(
     varlen = Candidate("flash varlen", partial(_varlen, *what))
     if not full:
         return [sdpa, varlen]
-    forced = [
-        Candidate(f"transformers sdpa {backend}", partial(_stock, *what, "sdpa", backend=backend))
-        for backend in ("efficient", "cudnn")
-    ]
-    return [
-        Candidate("transformers eager", partial(_stock, *what, "eager")),
-        sdpa,
-        *forced,
-        Candidate(
-            "transformers sdpa compile default", partial(_stock, *what, "sdpa", mode="default")
-        ),
-        varlen,
-    ]
+    peers = [Candidate("transformers eager", partial(_stock, *what, "eager")), sdpa, varlen]
+    for backend in stock_bert.BACKENDS:
+        prepare = partial(_stock, *what, "sdpa", backend=backend)
+        peers.append(Candidate(f"transformers sdpa {backend}", prepare))
+    for mode in stock_bert.MODES:  # those that compile longest come last: time may be over
+        for attention in ("sdpa", "eager"):
+            prepare = partial(_stock, *what, attention, mode=mode)
+            peers.append(Candidate(f"transformers {attention} compile {mode}", prepare))
+    return peers
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -1,6 +1,8 @@
 """A small case for the tests of the measuring core, and candidates that misbehave."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,16 @@ def candidates(fakes: Sequence[Fake]) -> list[Candidate]:
 def once(answer: Outputs) -> Answer:
     """Return what gives that answer whatever is asked."""
     return lambda x_TD: answer
+
+
+@contextmanager
+def planted(op, wrong):
+    """Make `wrong` the op's implementation on the CPU meanwhile."""
+    lib = torch.library.Library("bert_fast", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it overrides
+        lib.impl(op, wrong, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        lib._destroy()

@@ -83,6 +83,19 @@ def dies(run: Run) -> None:
         timed(run, name, "measured")
 
 
+def hangs(run: Run) -> None:
+    """Prepare two candidates, of which the first never returns from C."""
+    for name in ("hangs", "lives"):
+        row = run.row(CASE, name)
+        if row is None or row["state"] not in FINAL:
+            run.put(CASE, name, state="started", why="")
+            run.at(CASE, name, until=time.monotonic() + 0.2)
+            if name == "hangs":
+                spin()
+            run.at()
+            timed(run, name, "measured")
+
+
 def main() -> int:
     stage, path, until, heart = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,6 +113,8 @@ def main() -> int:
         os._exit(75)
     elif stage == "deaf":
         deaf(run)
+    elif stage == "hangs":
+        hangs(run)
     elif stage == "dies":
         dies(run)
     elif stage == "talks":

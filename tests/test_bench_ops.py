@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import ops as rows
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from bench_cases import planted
 from torch.utils.flop_counter import FlopCounterMode
 
 from bert_fast import reference
@@ -131,19 +130,6 @@ def test_a_peer_is_timed_with_dropout_and_checked_without(name, which):
 # --- wrong answers -------------------------------------------------------------------------------
 
 
-@contextmanager
-def planted(op, wrong):
-    """The op's implementation on the CPU is `wrong` meanwhile."""
-    lib = torch.library.Library("bert_fast", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it overrides
-        lib.impl(op, wrong, "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        lib._destroy()
-
-
 def _whole_batch(qkv, cu_seqlens, max_len, *dropout):
     every = torch.tensor([0, qkv.shape[0]], dtype=torch.int32)
     return reference.attention(qkv, every, qkv.shape[0], *dropout)
@@ -206,10 +192,10 @@ def test_a_wrong_peer_with_dropout_is_refused():
         return F.layer_norm(z, v["w"].shape, v["w"], v["b"], rows.EPS)
 
     row = rows.ROWS["add_layer_norm dropout"]
-    row = replace(row, peers={"torch": op_rows.Peer(wrong)})
+    row = replace(row, peers={**row.peers, "wrong": op_rows.Peer(wrong)})
     case, candidates = op_rows.build("wrong", row, "cpu", FP32, "odd")
     with pytest.raises(gate.RefusedError, match=r"^y: want"):
-        gate.check(case, candidates[1].prepare())
+        gate.check(case, candidates[2].prepare())
 
 
 # --- bytes and FLOPs -----------------------------------------------------------------------------
@@ -303,3 +289,15 @@ def test_the_entries_of_pytest_benchmark_run(tmp_path):
     entries = json.loads(out.read_text("utf-8"))["benchmarks"]
     assert len(entries) == 2
     assert all(e["extra_info"]["error"]["own"]["l2"] < 1e-5 for e in entries)
+
+
+@pytest.mark.parametrize("name", ["bias_gelu", "linear_gelu", "bias_gelu_bwd"])
+def test_a_wrong_reference_is_no_truth(name, monkeypatch):
+    """What PyTorch's own expression gives must agree with it, or the whole row fails."""
+    for function in ("activation", "activation_bwd"):
+        right = getattr(reference, function)
+        monkeypatch.setattr(reference, function, lambda *a, right=right: right(*a) * 1.01)
+    for dtype in (FP32, BF16):
+        case, _ = rows.case(name, "cpu", dtype, "small")
+        with pytest.raises(ValueError, match="want a truth that PyTorch agrees with"):
+            gate.Gate(case)

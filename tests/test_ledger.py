@@ -154,7 +154,7 @@ def test_a_name_cannot_break_the_table(tmp_path):
     data["environment"]["processor"] = "a | b"
     text = ledger.render([Kept("x/0.json", data)])
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 9}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 12}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_run_that_was_killed_is_kept_as_far_as_it_came(tmp_path):
     (kept,) = ledger.load(results)
     assert kept.data["ended"] == "killed"
     states = [(r["state"], r.get("cut", False)) for r in kept.data["rows"]]
-    assert states == [("measured", False), ("measured", True), ("failed", False)]
+    assert states == [("measured", False), ("measured", True), ("unfinished", False)]
 
 
 @pytest.mark.parametrize(

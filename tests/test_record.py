@@ -135,7 +135,7 @@ def test_settle_ends_what_was_under_way(run):
     for state in record.FINAL:
         assert rows[state]["state"] == state and rows[state]["why"] == "own words"
     for name in ("started", "checked"):
-        assert (rows[name]["state"], rows[name]["why"]) == ("failed", "past the deadline")
+        assert (rows[name]["state"], rows[name]["why"]) == ("unfinished", "past the deadline")
         assert "cut" not in rows[name]
     assert rows["timed"]["state"] == "measured" and rows["timed"]["cut"] is True
     assert rows["timed"]["why"] == "past the deadline"

@@ -86,13 +86,25 @@ def test_stages_past_their_deadline_and_broken_ones(path, capfd):
     for name, why in (("half", late), ("hangs", f"{late}, while it ran and did not stop")):
         assert (rows[name]["state"], rows[name]["cut"]) == ("measured", True)
         assert rows[name]["why"] == why and rows[name]["wall"]["n"] == 2
-    assert (rows["waits"]["state"], rows["waits"]["why"]) == ("failed", late)
-    assert (rows["begun"]["state"], rows["begun"]["why"]) == ("failed", "stage broken broke")
+    assert (rows["waits"]["state"], rows["waits"]["why"]) == ("unfinished", late)
+    assert (rows["begun"]["state"], rows["begun"]["why"]) == ("unfinished", "stage broken broke")
     assert data["until"] == pytest.approx(begin + 11.0 - supervise._MARGIN, abs=0.3)
     assert len(data["pids"]) == 5 and not any(map(lives, data["pids"]))
     assert sorted(p.name for p in path.parent.iterdir()) == ["run.json", "run.log"]
     log = path.with_suffix(".log").read_text(encoding="utf-8")
     assert "--- deaf (2 of 4" in log and "hanging ≥ 1 s" in log and log == capfd.readouterr().out
+
+
+def test_a_candidate_that_hangs_beyond_its_limit_is_killed_and_the_others_go_on(path, monkeypatch):
+    monkeypatch.setattr(supervise, "_GRACE", 0.3)
+    begin = time.monotonic()
+    assert supervise.supervise(path, [Stage("hangs", 60)], command) == 0
+    assert time.monotonic() - begin < 20
+    data, rows = read(path)
+    why = "its process hung, and was killed"
+    assert (rows["hangs"]["state"], rows["hangs"]["why"]) == ("failed", why)
+    assert rows["lives"]["state"] == "measured" and data["stages"][0]["restarts"] == 1
+    assert not any(map(lives, data["pids"]))
 
 
 def test_a_process_that_dies_is_started_again_without_who_killed_it(path):
@@ -189,7 +201,7 @@ def test_a_signal_ends_the_run_and_rows_stay(path, signals):
     for name in "ab":
         assert (rows[name]["state"], rows[name]["cut"]) == ("measured", True)
         assert rows[name]["why"] == "interrupted"
-    assert (rows["c"]["state"], rows["c"]["why"]) == ("failed", "interrupted")
+    assert (rows["c"]["state"], rows["c"]["why"]) == ("unfinished", "interrupted")
     assert not any(map(lives, data["pids"]))
     assert sorted(p.name for p in path.parent.iterdir()) == ["run.json", "run.log"]
 

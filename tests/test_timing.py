@@ -81,7 +81,6 @@ WORK = Work(tokens=100, slots=400, sequences=3, bytes=2 * 10**9, flops=3 * 10**1
 def test_rates_by_hand():
     assert rates(case("bf16", work=WORK), 0.5, DATA) == {
         "tokens_per_s": 200,
-        "slots_per_s": 800,
         "sequences_per_s": 6,
         "gb_per_s": 4,
         "tflop_per_s": 6,
