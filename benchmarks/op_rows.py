@@ -22,8 +22,9 @@ SITE = 3  # of every dropout here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SETS = 2  # of inputs
 # Eager PyTorch rounds to 16 bits between its steps, and on a CPU in the sums of LayerNorm's
-# gradients too, where the baseline does not.
-PEER_FACTOR = 32.0
+# gradients too, where the baseline does not: more than 12 times its error was seen. In fp32 it
+# is as exact as the baseline.
+PEER_FACTOR = {torch.float32: Candidate.factor, torch.bfloat16: 16.0, torch.float16: 16.0}
 # By how much of the norm PyTorch's expression may differ from the reference in the same dtype.
 _APART = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -231,7 +232,7 @@ def build(
     candidates = [Candidate("bert_fast", lambda: _bert_fast(row, case, rest))]
     for peer_name, peer in row.peers.items():
         prepare = functools.partial(_peer, row, case, peer, truth, wider)
-        candidates.append(Candidate(peer_name, prepare, PEER_FACTOR))
+        candidates.append(Candidate(peer_name, prepare, PEER_FACTOR[dtype]))
     return case, candidates
 
 

@@ -27,7 +27,7 @@ import torch
 from gate import Candidate, Case, short
 from op_rows import DTYPES
 from record import Run
-from supervise import EXIT_LOST, die_with_parent
+from supervise import EXIT_LOST
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,6 @@ def main() -> int:
     parser.add_argument("--heart", type=int)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images set, would make the truth TF32
     torch.set_float32_matmul_precision("highest")

@@ -250,16 +250,11 @@ _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Make this process end when the one that started it does, be it killed (on Linux)."""
+def _stand_apart() -> None:
+    """Make a new process lead a group, to be killed whole, and on Linux die with this one."""
+    os.setpgrp()
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _stand_apart() -> None:
-    """Make a new process lead a group, so that its children can be killed with it."""
-    os.setpgrp()
-    die_with_parent()
 
 
 def has_gpu() -> bool:
