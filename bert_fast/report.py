@@ -15,7 +15,7 @@ class OpReport:
 
     Attributes:
         op: its name in torch.ops.bert_fast.
-        implementation: "triton", "csrc" or "reference" (eager PyTorch).
+        implementation: "triton", "cublas", "csrc" or "reference" (eager PyTorch).
         reason: why nothing faster serves it; empty if this is the fastest there is.
     """
 

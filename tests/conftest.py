@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads woul
     torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from bert_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +33,19 @@ def _seed():
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernel_device(device) -> Iterator[str]:
+    """Where the kernels serve the ops: a GPU, else the CPU, in Triton's interpreter."""
+    if device == "cuda":
+        yield device
+        return
+    library = torch.library.Library("bert_fast", "IMPL")
+    for name, kernel in registry.kernels.items():
+        library.impl(name, kernel, "CPU", allow_override=True)
+    yield device
+    library._destroy()
 
 
 @pytest.fixture(scope="session")

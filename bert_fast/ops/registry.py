@@ -23,7 +23,7 @@ class Implementation(NamedTuple):
     """What serves an op on a kind of device.
 
     Attributes:
-        name: "triton", "csrc" or "reference".
+        name: "triton", "cublas", "csrc" or "reference".
         reason: why nothing faster does; empty if this is the fastest there is.
     """
 
@@ -45,11 +45,13 @@ def _load_extension() -> tuple[frozenset[str], str]:
 
 
 _compiled, _no_extension = _load_extension()
+_no_triton = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 _implementations: dict[str, dict[str, Implementation]] = {}
+kernels: dict[str, Callable[..., Any]] = {}  # what CUDA tensors run, by op
 
 
-def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast out of an eager implementation: its arithmetic has fixed dtypes."""
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast out of an implementation: its arithmetic has fixed dtypes."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -63,26 +65,42 @@ def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    by: str = "triton",
 ) -> torch._ops.OpOverload:
     """Define an operator of the namespace bert_fast and return it.
 
     Args:
         schema: "name(Tensor x, ...) -> ...".
-        reference: the eager implementation: on CUDA, and on the CPU unless csrc has one.
+        reference: the eager implementation: on the CPU unless csrc has one, and on CUDA where
+            there is no Triton.
         fake: makes outputs of the right shape, dtype and device, for tracing.
+        cuda: the implementation for a GPU, which imports kernels when called; None: none.
+        by: what `cuda` is made of: "triton", or "cublas" where PyTorch's product is all of it.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
-    eager = _eager(reference)
-    _lib.impl(name, eager, "CUDA")
+    eager = _without_autocast(reference)
+    if cuda is None:
+        on_cuda = Implementation("reference", "there is no kernel for it")
+        _lib.impl(name, eager, "CUDA")
+    elif by == "triton" and _no_triton:
+        on_cuda = Implementation("reference", _no_triton)
+        _lib.impl(name, eager, "CUDA")
+    else:
+        on_cuda = Implementation(by, "")
+        kernels[name] = _without_autocast(cuda)
+        _lib.impl(name, kernels[name], "CUDA")
     if name in _compiled:
-        cpu = Implementation("csrc", "")
+        on_cpu = Implementation("csrc", "")
     else:
         _lib.impl(name, eager, "CPU")
-        cpu = Implementation("reference", _no_extension or "csrc has no implementation of it")
-    cuda = Implementation("reference", "there is no Triton kernel for it")
-    _implementations[name] = {"cpu": cpu, "cuda": cuda}
+        on_cpu = Implementation("reference", _no_extension or "csrc has no implementation of it")
+    _implementations[name] = {"cpu": on_cpu, "cuda": on_cuda}
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
     return getattr(torch.ops.bert_fast, name).default
 

@@ -1,0 +1,165 @@
+"""What several kernels share: launching, dropout, activations, ordered sums over rows.
+
+Every kernel is launched through `launch`, on the device of its tensors and that device's current
+stream. Sums over rows are a fixed number of partial sums, each over rows that follow one another,
+then `sum_partials` in their order: no atomics, so the same input gives the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_PARTIALS = 256  # partial sums of a sum over rows: two for each multiprocessor of an H200
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dropout_bits(
+    key,  # int64: the forward's seed + the site
+    row,  # int32, broadcasts with group: (R, 1)
+    group,  # int32: column // 8, (1, G)
+    c2,  # int32
+    c3,  # int32
+    R: tl.constexpr,
+    G: tl.constexpr,
+):
+    """16 random bits for each of (R, 8 G) elements, as uint32; one Philox call serves eight.
+
+    Column j takes the half j % 2 of word (j % 8) // 2 of Philox4x32-10 with these counters.
+    """
+    w0, w1, w2, w3 = tl.philox(key, row, group, c2, c3)
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.reshape(tl.join(low, high), (R, 8 * G))
+
+
+def dropout_args(p: float, seed: Tensor | None) -> tuple[bool, int, float]:
+    """Return (whether there is dropout, its 16-bit threshold, the factor of what is kept)."""
+    threshold = round(p * 65536)
+    if seed is None or threshold == 0:
+        return False, 0, 1.0
+    return True, threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+# --- activations ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh_form_argument(x):
+    """Twice the argument of tanh: 0.5 (1 + tanh(u)) is sigmoid(2 u)."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)  # 2 sqrt(2 / pi)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """Apply gelu (exact, erf), gelu_new or gelu_pytorch_tanh (tanh form), or relu to fp32 x."""
+    if ACTIVATION == "relu":
+        y = tl.where(x < 0, 0.0, x)  # NaN stays NaN
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = x * tl.sigmoid(_tanh_form_argument(x))
+    return y
+
+
+@triton.jit
+def activate_derivative(x, ACTIVATION: tl.constexpr):
+    """The derivative of `activate` at fp32 x."""
+    if ACTIVATION == "relu":
+        d = tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
+        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+    else:
+        s = tl.sigmoid(_tanh_form_argument(x))
+        d = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    return d
+
+
+# --- sums over rows ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials_ptr,  # (P, S, N) fp32
+    out0_ptr,  # (N,) each
+    out1_ptr,
+    out2_ptr,
+    P,
+    N,
+    S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    which = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, P, BLOCK_P):
+        rows = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
+        mask = (rows < P)[:, None] & (cols < N)[None, :]
+        offs = (rows * S + which)[:, None] * N + cols[None, :]
+        total += tl.sum(tl.load(partials_ptr + offs, mask=mask, other=0.0), axis=0)
+    out_ptrs = (out0_ptr, out1_ptr, out2_ptr)
+    for s in tl.static_range(S):
+        if which == s:
+            tl.store(out_ptrs[s] + cols, total, mask=cols < N)
+
+
+def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
+    """Write partials.sum(0) into `outs`, each in its own dtype.
+
+    Args:
+        partials: (P, S, N) fp32 contiguous, S from 1 to 3.
+        outs: S tensors (N,).
+    """
+    P, S, N = partials.shape
+    out_ptrs = [*outs, *[outs[0]] * (3 - S)]
+    grid = triton.cdiv(N, 64), S
+    launch(_sum_partials_kernel, grid, partials, *out_ptrs, P, N, S, BLOCK_P=32, BLOCK_N=64)
+
+
+# --- launching -----------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **options: Any):
+    """Launch on the device of the first argument; an empty grid launches nothing.
+
+    Floating-point fusion is said, because its default changes with Triton 3.10.
+    """
+    if 0 not in grid:
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **options)
+
+
+def generation(t: Tensor) -> int:
+    """Return 10 x the compute capability of the tensor's GPU; without one (the interpreter) 90."""
+    if not t.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(t.device)
+    return 10 * major + minor
+
+
+def num_multiprocessors(t: Tensor) -> int:
+    """Return those of the tensor's GPU; without one (the interpreter) a few."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 3
+
+
+def unsupported(op: str, reasons: Sequence[str]) -> None:
+    """Raise NotImplementedError with all the reasons, if there are any."""
+    if reasons:
+        raise NotImplementedError(f"{op}: {'; '.join(reasons)}")
+
+
+def unsupported_dtypes(**tensors: Tensor | None) -> list[str]:
+    """Return a reason for each tensor whose dtype no kernel takes."""
+    takes = torch.float32, torch.float16, torch.bfloat16
+    return [
+        f"{name}: want fp32, fp16 or bf16 on a GPU, got {t.dtype}"
+        for name, t in tensors.items()
+        if t is not None and t.dtype not in takes
+    ]
