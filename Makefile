@@ -4,6 +4,7 @@
 #   TORCH          what pip installs as torch
 #   CONSTRAINTS    the pinned versions; with another torch than theirs: CONSTRAINTS=/dev/null
 #   OUT            where measurements go; CASE: which case make gpu-cases takes
+#   TABLES         the launch rules that make gpu-tune measures; default all
 #   BERT_FAST_EXT  0 without the compiled extension, 1 with it; default 1 where a compiler works
 
 PYTHON ?= python3
@@ -32,7 +33,7 @@ ifneq ($(filter gpu-cases,$(MAKECMDGOALS)),)
 $(if $(CASE),,$(error CASE: want the number of a case, as in make gpu-cases CASE=3))
 endif
 
-.PHONY: help test test-long demo lint gpu gpu-cases gpu-proof cpu-table ledger ext clean
+.PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof gpu-tune cpu-table ledger ext clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,6 +44,12 @@ test: $(EXTENSION)  ## run the tests, a process for each core
 
 test-long: $(EXTENSION)  ## run the tests with full counts, which `make test` leaves out
 	$(BIN)/python -m pytest $(PARALLEL) -m long
+
+aot-table: $(INSTALLED)  ## compile every kernel for every GPU, write tests/aot_table.json
+	$(BIN)/python tests/aot_runs.py
+
+mutants: $(INSTALLED)  ## plant faults in copies of the checkout: each must make a test fail
+	$(BIN)/python tests/mutate.py
 
 demo: $(EXTENSION)  ## BERT-base on a page of English: checked, timed beside transformers
 	$(BIN)/python benchmarks/demo.py
@@ -59,6 +66,9 @@ gpu-cases: $(READY)  ## one case of the targets against every peer and mode: mak
 
 gpu-proof: $(READY)  ## the tests that run on the GPU, and NVIDIA's sanitizers over every op
 	$(MEASURE) proof --out $(OUT)
+
+gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
+	$(MEASURE) tune $(TABLES) --out $(OUT)
 
 cpu-table: $(READY)  ## the table for CPUs: BERT-base against every peer, about 20 minutes
 	$(MEASURE) cpu --out $(OUT)

@@ -1,4 +1,4 @@
-"""The rows for attention: packed rows beside padded batches of the same lengths."""
+"""The rows for attention and its work list: packed rows beside padded batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,14 @@ from op_rows import SITE, Answers, Draw, Inputs, Peer, Row
 from torch import Tensor
 from workload import normal_lengths
 
+from bert_fast.ops import work_list
+from bert_fast.ops.work_list import TILE
+
 SPREAD = normal_lengths(64, 256, 64, 16, 512, seed=1)  # mean and spread 256 and 64, 16 at least
+
+
+def _borders(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 def _make(draw: Draw, lengths: Sequence[int], H: int, K: int) -> dict[str, Any]:
@@ -20,7 +27,8 @@ def _make(draw: Draw, lengths: Sequence[int], H: int, K: int) -> dict[str, Any]:
     return {
         "qkv": draw.normal(T, 3, H, K),
         "dy": draw.normal(T, H, K, mean=0.25),
-        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(draw.device),
+        "cu_seqlens": _borders(lengths, draw.device),
+        "work": work_list(_borders(lengths, draw.device), T),  # a model makes it once a batch
         "lengths": tuple(lengths),
         "seed": draw.integers(2**62, 1),
     }
@@ -45,7 +53,7 @@ def _bwd_work(e: int, p: float, lengths: Sequence[int], H: int, K: int) -> Work:
 
 def _call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
     longest = max(v["lengths"])
-    return ops.attention(v["qkv"], v["cu_seqlens"], longest, p, v.seed(p), SITE)
+    return ops.attention(v["qkv"], v["cu_seqlens"], longest, p, v.seed(p), SITE, v["work"])
 
 
 def _save(ops: Any, v: Inputs, p: float) -> Answers:
@@ -54,7 +62,7 @@ def _save(ops: Any, v: Inputs, p: float) -> Answers:
 
 def _bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
     cu_seqlens, longest = v["cu_seqlens"], max(v["lengths"])
-    args = cu_seqlens, longest, p, v.seed(p), SITE
+    args = cu_seqlens, longest, p, v.seed(p), SITE, v["work"]
     return (ops.attention_bwd(v["dy"], v["qkv"], *saved, *args),)
 
 
@@ -134,6 +142,37 @@ def _peers(*leaves: str) -> dict[str, Peer]:
     }
 
 
+# --- the work list -------------------------------------------------------------------------------
+
+
+def _list_make(draw: Draw, lengths: Sequence[int]) -> dict[str, Any]:
+    mixed = [lengths[i] for i in draw.order(len(lengths))]
+    return {"cu_seqlens": _borders(mixed, draw.device), "lengths": tuple(mixed)}
+
+
+def _list_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+    return (ops.work_list(v["cu_seqlens"], sum(v["lengths"]), TILE),)
+
+
+def _list_work(e: int, p: float, lengths: Sequence[int]) -> Work:
+    T, B = sum(lengths), len(lengths)
+    return Work(tokens=T, slots=T, sequences=B, bytes=4 * (B + 1) + 16 * (2 + T // TILE + B))
+
+
+def _list_torch(v: Inputs, p: float) -> Answers:
+    starts, lengths = v["cu_seqlens"][:-1], v["cu_seqlens"].diff()
+    order = lengths.sort(descending=True, stable=True).indices
+    tiles = (lengths[order] + TILE - 1).div(TILE, rounding_mode="floor")
+    before = tiles.cumsum(0) - tiles
+    b, first = order.repeat_interleave(tiles), before.repeat_interleave(tiles)
+    offsets = (torch.arange(len(b), device=b.device) - first) * TILE
+    entries = torch.stack((b, starts[b], lengths[b], offsets), 1)
+    found = entries.new_zeros(2 + sum(v["lengths"]) // TILE + len(lengths), 4)
+    found[0, :3] = torch.stack((tiles.sum(), tiles.sum(), tiles[lengths[order] > TILE].sum()))
+    found[1 : 1 + len(b)] = entries
+    return (found.int(),)
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 _ODD = {"lengths": (3, 0, 17, 1, 40), "H": 3, "K": 32}
@@ -175,4 +214,18 @@ ROWS = {
     "attention_bwd s128": _backward(_S128),
     "attention_bwd s512": _backward(_S512),
     "attention_bwd s512 dropout": _backward(_S512, p=0.1),
+    "work_list": Row(
+        "work_list",
+        {
+            "full": {"lengths": SPREAD},
+            "small": {"lengths": (3, 130, 40)},
+            "odd": {"lengths": (3, 0, 300, 1, 128, 129)},
+        },
+        _list_make,
+        _list_call,
+        ("entries",),
+        _list_work,
+        {"torch": Peer(_list_torch)},
+        exact=True,
+    ),
 }

@@ -43,13 +43,13 @@ def _layer_norm_inputs(draw: Draw, T: int, D: int) -> dict[str, Tensor]:
 
 
 def _layer_norm_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
-    args = v["x"], v["residual"], v["w"], v["b"], EPS, p, v.seed(p), SITE, v["x"].dtype
+    args = v["x"], None, v["residual"], v["w"], v["b"], EPS, p, v.seed(p), SITE, v["x"].dtype
     return ops.add_layer_norm(*args)
 
 
 def _layer_norm_alone_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
     """Without residual and dropout z is x, and the op leaves it empty."""
-    args = v["x"], None, v["w"], v["b"], EPS, p, None, SITE, v["x"].dtype
+    args = v["x"], None, None, v["w"], v["b"], EPS, p, None, SITE, v["x"].dtype
     y, _, mean, rstd = ops.add_layer_norm(*args)
     return y, mean, rstd
 
@@ -60,8 +60,8 @@ def _layer_norm_save(ops: Any, v: Inputs, p: float) -> Answers:
 
 def _layer_norm_bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
     z, mean, rstd = saved
-    args = v["dy"], z, v["w"], mean, rstd, p, v.seed(p), SITE, v["x"].dtype
-    dx, dz, dw, db = ops.add_layer_norm_bwd(*args)
+    args = v["dy"], z, v["w"], mean, rstd, False, p, v.seed(p), SITE, v["x"].dtype
+    dx, dz, dw, db, _ = ops.add_layer_norm_bwd(*args)
     return dx if p else dz, dz, dw, db
 
 

@@ -3,7 +3,7 @@
     {"format", "suite", "command", "rehearsal", "started", "finished", "ended", "environment",
      "ceilings", "stages", "cases", "rows"}
 
-and, where their stages ran, "build", "gemms", "profiles" and "proof".
+and, where their stages ran, "build", "gemms", "profiles", "proof" and "tune".
 
 A row is what became of one candidate in one case. Its state is `started` (being prepared),
 `checked` (right, not timed to the end yet), `measured`, `passed` (right, and not to be timed),

@@ -1,13 +1,14 @@
-"""Measures: everything at once on a GPU, one case against every peer, proofs, or the CPU's table.
+"""Measures: all at once on a GPU, a case against every peer, proofs, launch rules, the CPU's table.
 
     python benchmarks/run.py gpu            what a GPU machine can tell in under 9 minutes
     python benchmarks/run.py case N         case N of the targets against every peer and mode
     python benchmarks/run.py proof          the tests that run on the GPU, and the sanitizers
-    python benchmarks/run.py cpu [TABLE]    the table for CPUs, or one row of it, such as 1x128
+    python benchmarks/run.py tune [TABLE]   better launch rules, of attention.SHORT alone or of all
+    python benchmarks/run.py cpu [ROW]      the table for CPUs, or one row of it, such as 1x128
 
 Writes SUITE-TIME.json and .log into --out. Each part of a run is a process with a deadline, and
-what was measured stays, whatever happens after it. Without a GPU the first three run their parts in
-small on the CPU, to show that they work: nothing of that is a result.
+what was measured stays, whatever happens after it. Without a GPU all but the last run their parts
+in small on the CPU, to show that they work: nothing of that is a result.
 """
 
 import argparse
@@ -18,10 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import tunables
 from record import ROOT, Run
 from supervise import Stage, has_gpu, supervise
 
 CASES = ("1", "2", "3", "4", "5", "6", "7", "8", "10")
+_MOST_FOR_A_TABLE = 150  # seconds
 CPU_TABLE = ("1x128", "8x128", "2x512", "16x128 33%", "8x512 46%")
 
 
@@ -35,6 +38,15 @@ def stages_of(suite: str, what: list[str]) -> list[Stage]:
     elif suite == "proof":
         budget = {"build": 60, "machine": 35, "smoke": 60, "tests": 200}
         budget |= {"memcheck": 60, "racecheck": 50, "initcheck": 35, "synccheck": 25}
+    elif suite == "tune":
+        weights = {
+            table: 2 + sum(len(tunable.timed) for tunable in tunables.of(table))
+            for table in what or tunables.tables()
+        }
+        budget = {"machine": 35, "tune compile": min(100, 30 + 10 * len(weights))}
+        left, whole = 525 - sum(budget.values()), sum(weights.values())
+        for table, weight in weights.items():
+            budget[f"tune {table}"] = min(_MOST_FOR_A_TABLE, left * weight // whole)
     else:
         budget = {"machine": 120} | {f"cpu {row}": 1200 for row in what or CPU_TABLE}
     return [Stage(name, seconds) for name, seconds in budget.items()]
@@ -45,8 +57,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=("gpu", "case", "proof", "cpu"))
-    parser.add_argument("what", nargs="*", help="the case, or the rows of the CPU's table")
+    parser.add_argument("suite", choices=("gpu", "case", "proof", "tune", "cpu"))
+    parser.add_argument("what", nargs="*", help="the case, the launch rules, or the CPU's rows")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     args = parser.parse_args()
     if args.suite == "case" and args.what == ["9"]:
@@ -57,6 +69,8 @@ def main() -> int:
         parser.error(f"case: want one of {', '.join(CASES)}, got {got}")
     if args.suite == "cpu" and not set(args.what) <= set(CPU_TABLE):
         parser.error(f"cpu: want rows of {', '.join(CPU_TABLE)}, got {' '.join(args.what)}")
+    if args.suite == "tune" and not set(args.what) <= set(tunables.tables()):
+        parser.error(f"tune: want {', '.join(tunables.tables())}, got {' '.join(args.what)}")
     if args.suite in ("gpu", "proof") and args.what:
         parser.error(f"{args.suite}: want no more arguments, got {' '.join(args.what)}")
     gpu = args.suite != "cpu" and has_gpu()
@@ -65,9 +79,11 @@ def main() -> int:
         print("No NVIDIA GPU here: every part runs in small on the CPU, to show that it works.")
         print("Nothing of it is a result; the GPU's figures stay 'not measured yet'.")
     stem = "-".join([args.suite, *args.what]).replace(" ", "-").replace("%", "")
-    path = args.out / f"{stem}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
+    path = args.out / f"{stem[:100]}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
     command = shlex.join(["python", "benchmarks/run.py", args.suite, *args.what])
-    Run.start(path, args.suite, command, rehearsal)
+    run = Run.start(path, args.suite, command, rehearsal)
+    if args.suite == "tune":
+        run.set("tune", {"asked": args.what or tunables.tables()})
     # its own: what an earlier run compiled would hide the time
     compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name

@@ -24,10 +24,13 @@ import pretraining
 import profiles
 import proof
 import torch
+import tune
 from gate import Candidate, Case, short
 from op_rows import DTYPES
 from record import Run
 from supervise import EXIT_LOST
+
+_LAST_TO_COMPILE = 15.0  # seconds for what is being compiled when the time for it is over
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,21 @@ def _profile(context: Context) -> None:
         context.run.set("profiles", found)
 
 
+def _tune(context: Context, table: str) -> None:
+    """Measure the entries of a table, and say which are better; "compile": make all of them."""
+    if why := tune.why_not():
+        print(why)
+    elif table == "compile":
+        tune.compile_all(context.run, context.device, context.left - _LAST_TO_COMPILE)
+    else:
+        cases = tune.cases(table, context.small)
+        for i, (tunable, timed) in enumerate(cases):
+            share = context.left / (len(cases) - i)
+            case, candidates = tune.case(tunable, timed, context.device, context.small, context.run)
+            _measure(context.within(share), case, candidates, rounds=30, seconds=share / 2)
+        tune.conclude(context.run, table, context.device)
+
+
 def perform(stage: str, context: Context) -> None:
     """Run a stage by its name.
 
@@ -186,6 +204,8 @@ def perform(stage: str, context: Context) -> None:
         proof.sanitizer(stage, context.run, context.device, context.until)
     elif stage.startswith("cpu "):
         _encoder(context, stage, full=True)
+    elif stage.startswith("tune "):
+        _tune(context, stage.removeprefix("tune "))
     elif stage.startswith("case "):
         number = stage.split()[1]
         _cases(context, number, full=stage.endswith("in full"))

@@ -54,21 +54,29 @@ def linear_gelu(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     return activation(linear(module, x))
 
 
-def add_layer_norm(
+def linear_add_layer_norm(
+    dense: nn.Module,
+    dropout: nn.Module,
     norm: nn.Module,
-    dropout: nn.Dropout,
     x: Tensor,
     residual: Tensor,
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """Return norm(dropout(x) + residual) for rows x and residual (T, D)."""
-    if is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout):
-        p = dropout_p(dropout, seed)
-        return ops.add_layer_norm(
-            x, residual, norm.weight, norm.bias, norm.eps, p=p, seed=seed, site=site
-        )
-    return norm(dropout(x) + residual)
+    """Return norm(dropout(dense(x)) + residual) for rows x and residual (T, D).
+
+    The bias of dense is left to the LayerNorm, whose backward pass sums its gradient on the way.
+    """
+    if not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)):
+        return norm(dropout(linear(dense, x)) + residual)
+    if is_plain(dense, nn.Linear):
+        x, bias = ops.linear(x, dense.weight), dense.bias
+    else:
+        x, bias = dense(x), None
+    p = dropout_p(dropout, seed)
+    return ops.add_layer_norm(
+        x, residual, norm.weight, norm.bias, norm.eps, bias=bias, p=p, seed=seed, site=site
+    )
 
 
 def dropout_p(dropout: nn.Dropout, seed: Tensor | None) -> float:
@@ -141,9 +149,8 @@ class BertSelfAttention(nn.Module):
         """Return the context (T, D) and, if wanted, the probabilities (B, H, L, L)."""
         qkv = self._project(x)
         p = dropout_p(self.dropout, seed)
-        context = ops.attention(
-            qkv, layout.cu_seqlens, layout.max_len, p=p, seed=seed, site=self.site
-        )
+        dropout = {"p": p, "seed": seed, "site": self.site}
+        context = ops.attention(qkv, layout.cu_seqlens, layout.max_len, **dropout, work=layout.work)
         probs = attention_probs(qkv, layout, p, seed, self.site) if output_attentions else None
         return context.flatten(1), probs
 
@@ -254,8 +261,8 @@ class BertSelfOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
         """Return LayerNorm(dropout(dense(x)) + residual), rows (T, D)."""
-        x = linear(self.dense, x)
-        return add_layer_norm(self.LayerNorm, self.dropout, x, residual, seed, self.site)
+        parts = self.dense, self.dropout, self.LayerNorm
+        return linear_add_layer_norm(*parts, x, residual, seed, self.site)
 
 
 class BertOutput(BertSelfOutput):

@@ -5,7 +5,7 @@ The tokens of a batch are packed once, before the embeddings, in the order of th
 known from here on, so that nothing below needs to wait for the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Layout:
         rows: (T,) int64, where each row stands in the flattened (B, L); None when nothing is
             padded: row t stands at t.
         packed: whether the caller packed; B is not shape[0] then.
+        work: the order in which attention takes the tiles on a GPU; None on the CPU.
     """
 
     shape: tuple[int, int]
@@ -31,6 +32,7 @@ class Layout:
     max_len: int
     rows: Tensor | None = None
     packed: bool = False
+    work: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -180,6 +182,8 @@ def pack(
             f" got {longest}"
         )
     columns = layout.columns() if positions is None else layout.gather(positions)
+    if layout.cu_seqlens.is_cuda:
+        layout = replace(layout, work=ops.work_list(layout.cu_seqlens, layout.num_tokens))
     return PackedBatch(
         **vars(layout),
         tokens=None if input_ids is None else layout.gather(input_ids),
@@ -261,9 +265,7 @@ def _packed_layout(
         max_len = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     elif int(max_len) != max_len:
         raise TypeError(f"max_length_q: want an integer, got {max_len}")
-    ops.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, shape[1], int(max_len))
-    if cu_seqlens.device.type == "cpu" and not compiling:
-        last = int(cu_seqlens[-1])
-        if last != shape[1]:
-            raise ValueError(f"cu_seq_lens_q: want {shape[1]} (T) last, got {last}")
+    check = ops.Checks()
+    ops.check_cu_seqlens(check, "cu_seq_lens_q", cu_seqlens, shape[1], int(max_len), slack=False)
+    check.done()
     return Layout(shape, cu_seqlens.to(torch.int32), int(max_len), packed=True)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from bert_fast.reference_dropout import dropout_factors, row_dropout
+
 IGNORE = -100  # label of a row that has none, as in torch.nn.functional.cross_entropy
 _CHUNK_LOGITS = 1 << 24  # logits held at once by linear_cross_entropy: 64 MiB in fp32
 
@@ -31,84 +33,12 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) for t in tensors]
 
 
-# --- dropout: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) ---
-
-_MASK32 = 0xFFFFFFFF
-
-
-def _philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Tensor]:
-    """Return four random 32-bit words (in int64) for each counter; key is an int64 scalar."""
-    k0, k1 = key & _MASK32, (key >> 32) & _MASK32
-    for _ in range(10):
-        # an int64 product wraps modulo 2**64, which leaves both of its 32-bit halves right
-        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((high >> 32) & _MASK32) ^ c1 ^ k0,
-            high & _MASK32,
-            ((low >> 32) & _MASK32) ^ c3 ^ k1,
-            low & _MASK32,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return [c0, c1, c2, c3]
-
-
-def dropout_threshold(p: float) -> int:
-    """Return the 16-bit threshold for dropping with probability p: drop when bits < threshold."""
-    return round(p * 65536)
-
-
-def dropout_factors(
-    p: float,
-    seed: Tensor,
-    site: int,
-    row: Tensor,
-    width: int,
-    c2: Tensor,
-    c3: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return what dropout multiplies by: 0, or 1 / (share kept).
-
-    Column j of a row takes bits 16 * (j % 2) up of word (j % 8) // 2 of the Philox call with
-    counters (row, j // 8, c2, c3) and key seed + site.
-
-    Args:
-        p: probability of dropping, in steps of 1 / 65536.
-        seed: (1,) int64, one for each forward of a model.
-        site: number of the dropout in the model.
-        row: int64 counters that broadcast with c2 and c3, their last dimension of size 1.
-        width: columns in a row.
-        c2: int64 counters.
-        c3: int64 counters.
-        dtype: of the result.
-
-    Returns:
-        (..., width).
-    """
-    threshold = dropout_threshold(p)
-    groups = torch.arange((width + 7) // 8, device=seed.device)
-    row, groups, c2, c3 = torch.broadcast_tensors(row, groups, c2, c3)
-    words = _philox(seed + site, row, groups, c2, c3)
-    halves = [half for w in words for half in (w & 0xFFFF, w >> 16)]
-    bits = torch.stack(halves, dim=-1).flatten(-2)[..., :width]
-    scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    return (bits >= threshold).to(dtype) * scale
-
-
-def _row_dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | None:
-    """Return the factors for rows x (T, D), counters (row, column // 8, 0, 0), or None."""
-    if seed is None or p == 0:
-        return None
-    row = torch.arange(x.shape[0], device=x.device)[:, None]
-    zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    return dropout_factors(p, seed, site, row, x.shape[1], zero, zero, x.dtype)
-
-
 # --- LayerNorm -----------------------------------------------------------------------------------
 
 
 def add_layer_norm(
     x: Tensor,
+    bias: Tensor | None,
     residual: Tensor | None,
     w: Tensor,
     b: Tensor,
@@ -118,19 +48,21 @@ def add_layer_norm(
     site: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (y, z, mean, rstd) of y = LayerNorm(z), z = dropout(x) + residual, rows (T, D).
+    """Return (y, z, mean, rstd) of y = LayerNorm(z), z = dropout(x + bias) + residual, rows (T, D).
 
-    Without dropout and residual z would be x: it is empty then.
+    Without bias, dropout and residual z would be x: it is empty then.
     """
     wide = _wide_dtype(x, w)
     z = x.to(wide)
-    factors = _row_dropout(z, p, seed, site)
+    if bias is not None:
+        z = z + bias
+    factors = row_dropout(z, p, seed, site)
     if factors is not None:
         z = z * factors
     if residual is not None:
         z = z + residual
     y, mean, rstd = torch.native_layer_norm(z, w.shape, w.to(z.dtype), b.to(z.dtype), eps)
-    is_x = residual is None and factors is None
+    is_x = bias is None and residual is None and factors is None
     z = z.new_empty(0, dtype=out_dtype) if is_x else z.to(out_dtype)
     return y.to(out_dtype), z, mean[:, 0], rstd[:, 0]
 
@@ -153,19 +85,25 @@ def add_layer_norm_bwd(
     w: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    with_bias: bool,
     p: float,
     seed: Tensor | None,
     site: int,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dx, dz, dw, db): dz is the gradient of the residual, and dx with dropout that of x.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (dx, dz, dw, db, dbias): dz is the residual's gradient, dbias sums dx over the rows.
 
-    Without dropout dx would be dz: it is empty then.
+    Without dropout dx would be dz: it is empty then, unless x has a dtype of its own. dbias is
+    empty where there was no bias; it has the dtype to which x and w promote.
     """
     dz, dw, db = _layer_norm_bwd(dy, z, w, mean, rstd)
-    factors = _row_dropout(dz, p, seed, site)
-    dx = dz.new_empty(0, dtype=x_dtype) if factors is None else (dz * factors).to(x_dtype)
-    return dx, dz.to(z.dtype), dw, db
+    factors = row_dropout(dz, p, seed, site)
+    dx = dz if factors is None else dz * factors
+    dbias_dtype = torch.promote_types(x_dtype, w.dtype)
+    dbias = (dx.sum(0) if with_bias else dx.new_empty(0)).to(dbias_dtype)
+    is_dz = factors is None and x_dtype == z.dtype
+    dx = dx.new_empty(0, dtype=x_dtype) if is_dz else dx.to(x_dtype)
+    return dx, dz.to(z.dtype), dw, db, dbias
 
 
 # --- embeddings ----------------------------------------------------------------------------------
@@ -193,8 +131,8 @@ def embed(
     rows = word if tokens is None else word[tokens]
     rows, table, kinds = _wide(rows, position, type_)
     z = rows + kinds[types] + table[positions]
-    y, _, mean, rstd = add_layer_norm(z, None, w, b, eps, 0.0, None, 0, z.dtype)
-    factors = _row_dropout(y, p, seed, site)
+    y, _, mean, rstd = add_layer_norm(z, None, None, w, b, eps, 0.0, None, 0, z.dtype)
+    factors = row_dropout(y, p, seed, site)
     if factors is not None:
         y = y * factors
     return y.to(out_dtype), z.to(out_dtype), mean, rstd
@@ -219,7 +157,7 @@ def embed_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dword, dposition, dtype, dw, db); row pad_id of dword is 0 (pad_id < 0: none is)."""
     dy = _wide(dy)[0]
-    factors = _row_dropout(dy, p, seed, site)
+    factors = row_dropout(dy, p, seed, site)
     dz, dw, db = _layer_norm_bwd(dy if factors is None else dy * factors, z, w, mean, rstd)
 
     def scatter(ids: Tensor, table: Tensor, padding: int = -1) -> Tensor:
@@ -324,9 +262,18 @@ def attention_dropout(
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_len: int, p: float, seed: Tensor | None, site: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    work: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (o (T, H, K), lse (H, T)) of softmax(q k^T / sqrt(K)) v within each sequence."""
+    """Return (o (T, H, K), lse (H, T)) of softmax(q k^T / sqrt(K)) v within each sequence.
+
+    `work`, the order in which a GPU takes the tiles, is of no use here.
+    """
     T, _, H, K = qkv.shape
     wide = _wide_dtype(qkv)
     o = qkv.new_zeros(T, H, K)
@@ -356,11 +303,13 @@ def attention_bwd(
     p: float,
     seed: Tensor | None,
     site: int,
+    work: Tensor | None = None,
 ) -> Tensor:
     """Return dqkv (T, 3, H, K).
 
-    A kernel makes P from the saved log-sum-exp and the row sums from the saved o, to save passes;
-    both are made anew here, which is more exact.
+    A kernel makes P from the saved log-sum-exp and the row sums of dP from the saved o, to save
+    passes. Both are made anew here, which is more exact; the row sums in 16 bits excepted, where
+    the contract has o rounded.
     """
     H, K = qkv.shape[2:]
     wide = _wide_dtype(qkv)
@@ -374,8 +323,11 @@ def attention_bwd(
         factors = attention_dropout(p, seed, site, b, H, last - first, wide)
         if factors is not None:
             dropped, d_probs = probs * factors, d_probs * factors
-        d_scores = probs * d_probs
-        ds = (d_scores - probs * d_scores.sum(-1, keepdim=True)) * K**-0.5
+        if qkv.dtype.itemsize == 2:
+            sums = (d_o * o[first:last].to(wide).transpose(0, 1)).sum(-1, keepdim=True)
+        else:
+            sums = (probs * d_probs).sum(-1, keepdim=True)
+        ds = probs * (d_probs - sums) * K**-0.5
         ds = ds.to(qkv.dtype).to(wide)
         dv = dropped.to(qkv.dtype).to(wide).mT @ d_o
         dqkv[first:last] = torch.stack((ds @ k, ds.mT @ q, dv)).permute(2, 0, 1, 3).to(qkv.dtype)
@@ -436,3 +388,23 @@ def unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total, max_len = torch.stack((cu_seqlens[-1], longest)).tolist()
     rows = torch.nonzero_static(mask.flatten(), size=total).flatten()
     return rows, cu_seqlens.to(torch.int32), torch.tensor(max_len, device="cpu")
+
+
+def work_list(cu_seqlens: Tensor, num_rows: int, tile: int) -> Tensor:
+    """Return the tiles of each sequence, the longest first; last, as one, the rows of none.
+
+    A row is (sequence, its first row, its length, the tile's first row within it); before them is
+    (how many there are, how many of sequences, how many of sequences longer than a tile, 0), behind
+    them zeros to a number of rows that T and B alone decide.
+    """
+    B = cu_seqlens.shape[0] - 1
+    lengths = cu_seqlens.diff(append=cu_seqlens.new_tensor([num_rows]))  # the last: of no sequence
+    order = torch.cat((lengths[:B].argsort(descending=True, stable=True), lengths.new_tensor([B])))
+    tiles = (lengths[order] + tile - 1) // tile
+    tiles[B:].clamp_(max=1)
+    order, count = order.repeat_interleave(tiles), int(tiles.sum())
+    offsets = torch.cat([torch.arange(n, device=lengths.device) * tile for n in tiles.tolist()])
+    entries = cu_seqlens.new_zeros(2 + num_rows // tile + B, 4)
+    entries[0, :3] = torch.stack((tiles.sum(), tiles[:B].sum(), tiles[tiles > 1].sum()))
+    entries[1 : 1 + count] = torch.stack((order, cu_seqlens[order], lengths[order], offsets), 1)
+    return entries

@@ -5,7 +5,7 @@ stream. Sums over rows are a fixed number of partial sums, each over rows that f
 then `sum_partials` in their order: no atomics, so the same input gives the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,22 @@ def dropout_bits(
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     return tl.reshape(tl.join(low, high), (R, 8 * G))
+
+
+@triton.jit
+def row_dropout(
+    rows,  # (ROWS,)
+    key,
+    threshold,
+    factor,  # 1 / share kept
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns, a multiple of 8
+):
+    """What dropout multiplies rows (ROWS, BLOCK_D) by: 0, or `factor`."""
+    groups = tl.arange(0, BLOCK_D // 8)[None, :]
+    counters = rows.to(tl.int32)[:, None]
+    bits = dropout_bits(key, counters, groups, 0, 0, ROWS, BLOCK_D // 8)
+    return tl.where(bits >= threshold, factor, 0.0)
 
 
 def dropout_args(p: float, seed: Tensor | None) -> tuple[bool, int, float]:
@@ -76,15 +92,17 @@ def activate_derivative(x, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
         d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
     else:
-        s = tl.sigmoid(_tanh_form_argument(x))
-        d = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+        u = _tanh_form_argument(x)
+        s = tl.sigmoid(u)
+        # sigmoid(-u) for 1 - s, whose digits would be lost where s is near 1
+        d = s + x * s * tl.sigmoid(-u) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     return d
 
 
 # --- sums over rows ------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_partials_kernel(
     partials_ptr,  # (P, S, N) fp32
     out0_ptr,  # (N,) each
@@ -108,6 +126,15 @@ def _sum_partials_kernel(
     for s in tl.static_range(S):
         if which == s:
             tl.store(out_ptrs[s] + cols, total, mask=cols < N)
+
+
+def split_rows(T: int, rows: int) -> tuple[int, int]:
+    """Return (rows for each program, programs) of a sum over T rows in tiles of `rows`.
+
+    At most `NUM_PARTIALS` programs, and one even without rows: it writes 0.
+    """
+    each = rows * max(1, triton.cdiv(T, NUM_PARTIALS * rows))
+    return each, max(1, triton.cdiv(T, each))
 
 
 def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
@@ -136,6 +163,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
             kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **options)
 
 
+def aligned(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors, those copied that do not begin at a multiple of 16 bytes on a GPU.
+
+    Triton gives such a tensor's elements to threads in another order, so that sums would have
+    other bits.
+    """
+    return [t.clone() if t is not None and t.is_cuda and t.data_ptr() % 16 else t for t in tensors]
+
+
 def generation(t: Tensor) -> int:
     """Return 10 x the compute capability of the tensor's GPU; without one (the interpreter) 90."""
     if not t.is_cuda:
@@ -144,9 +180,10 @@ def generation(t: Tensor) -> int:
     return 10 * major + minor
 
 
-def num_multiprocessors(t: Tensor) -> int:
-    """Return those of the tensor's GPU; without one (the interpreter) a few."""
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 3
+def by_generation(rules: Mapping[int, Any], t: Tensor) -> Any:
+    """Return the entry of a launch rule for the tensor's GPU: its generation's, or one before."""
+    mine = max(generation(t), min(rules))
+    return rules[max(g for g in rules if g <= mine)]
 
 
 def unsupported(op: str, reasons: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def kernel_device(device) -> Iterator[str]:
         yield device
         return
     library = torch.library.Library("bert_fast", "IMPL")
-    for name, kernel in registry.kernels.items():
-        library.impl(name, kernel, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name, kernel in registry.kernels.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
     yield device
     library._destroy()
 

@@ -186,7 +186,7 @@ def check(case: Case, norm: float = 1.25) -> None:
         return assert_exact(got, truth)
     stored = [dtype for dtype in (got["out"].dtype, *dtypes) if dtype.itemsize == 2]
     narrow = case.to(torch.float32)
-    call = partial(narrow.by_formula, stores=stored[0] if stored else None)
+    call = partial(narrow.by_formula, stores=stored[0] if stored else torch.float32)
     return assert_as_good(got, gradients(narrow, call, dy), truth, norm)
 
 
@@ -199,6 +199,7 @@ def layer_norm_case(
     D: int = 12,
     *,
     residual: bool = True,
+    bias: bool = False,
     p: float = 0.0,
     site: int = 3,
     eps: float = 1e-12,
@@ -206,9 +207,10 @@ def layer_norm_case(
 ) -> Case:
     inputs = {"x": rows(T, D, data), "w": rows(1, D)[0], "b": rows(1, D)[0]}
     op = ops.layer_norm
-    if residual or p:
+    if residual or bias or p:
         op = ops.add_layer_norm
         inputs["residual"] = rows(T, D, data) if residual else None
+        inputs["bias"] = rows(1, D, data)[0] if bias else None
     factors = row_factors(T, D, p, site=site) if p else None
     return Case(op, op_formulas.layer_norm, inputs, {"eps": eps}, _dropout(p, site), factors)
 
@@ -282,7 +284,7 @@ def attention_case(
     factors = None
     if p:
         factors = [attention_factors(n, b, H, p, site=site) for b, n in enumerate(lengths)]
-    options = {"max_len": max(lengths, default=0)}
+    options = {"max_len": max(lengths, default=0), "slack": slack > 0}
     return Case(ops.attention, op_formulas.attention, inputs, options, _dropout(p, site), factors)
 
 
@@ -307,6 +309,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "layer_norm-row": partial(layer_norm_case, T=1, D=16, residual=False),
     "add_layer_norm": layer_norm_case,
     "add_layer_norm-odd": partial(layer_norm_case, T=9, D=7),
+    "add_layer_norm-bias": partial(layer_norm_case, T=6, D=10, bias=True, p=0.3),
     "add_layer_norm-dropout": partial(layer_norm_case, p=0.3),
     "add_layer_norm-dropout-alone": partial(layer_norm_case, p=0.3, residual=False),
     "gelu": gelu_case,

@@ -1,8 +1,8 @@
 """The ops in torch.nn.functional, and dropout's factors in numpy: nothing of bert_fast.
 
-`stores` is the 16-bit dtype in which the contract keeps outputs, the saved z of a LayerNorm, the
-saved h of linear_gelu, the logits, and the matrix operands P and dS of attention; None: nothing is
-rounded. `factors` is what dropout multiplies by.
+`stores` is the dtype in which the contract keeps outputs, the saved z of a LayerNorm, the saved h of
+linear_gelu, the logits, the saved O and the matrix operands P and dS of attention; None: nothing is
+kept, gradients are autograd's. `factors` is what dropout multiplies by.
 """
 
 from itertools import pairwise
@@ -96,7 +96,10 @@ class _StoredLayerNorm(torch.autograd.Function):
 
 
 class _StoredAttention(torch.autograd.Function):
-    """One sequence (H, n, K), with P and dS in 16 bits for the products and O for the backward."""
+    """One sequence (H, n, K); P and dS as `stores` holds them for the products, O for the backward.
+
+    The row sums of dP come from O, as a kernel makes them, in fp32 too.
+    """
 
     @staticmethod
     def forward(
@@ -117,8 +120,9 @@ class _StoredAttention(torch.autograd.Function):
         return ds @ k, ds.mT @ q, dropped.mT @ d, None, None
 
 
-def layer_norm(x, w, b, eps, residual=None, factors=None, stores=None):
-    z = x if factors is None else x * factors
+def layer_norm(x, w, b, eps, residual=None, bias=None, factors=None, stores=None):
+    z = x if bias is None else x + bias
+    z = z if factors is None else z * factors
     z = z if residual is None else z + residual
     if stores is None:
         return F.layer_norm(z, w.shape, w, b, eps)
@@ -150,7 +154,7 @@ def linear_gelu(x, w, b=None, activation="gelu", stores=None):
     return gelu(rounded(F.linear(x, w, b), stores), None, activation)
 
 
-def attention(qkv, cu_seqlens, max_len, factors=None, stores=None):
+def attention(qkv, cu_seqlens, max_len, slack=False, factors=None, stores=None):
     T, _, _, K = qkv.shape
     outputs = []
     for b, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):

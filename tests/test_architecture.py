@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # a module imports only what stands above its own line; a package also itself
     ("files",),
-    ("config", "outputs", "tokenizer", "data"),
+    ("config", "outputs", "reference_dropout", "tokenizer", "data"),
     ("_C", "checkpoint", "kernels", "reference", "reference_model"),
     ("ops",),
     ("packing",),

@@ -178,11 +178,12 @@ def test_keys_count_once():
 @pytest.mark.parametrize(
     ("cu_seqlens", "error", "got"),
     [
-        ([1, 9], ValueError, "0 first, steps of 0 to 5, at most 9 rows, got [1, 9]"),
+        ([1, 9], ValueError, "want 0 first, got 1; cu_seqlens: want steps of 0 to 5, got [1, 9]"),
         ([0, 5, 3, 9], ValueError, "got [0, 5, 3, 9]"),
-        ([0, 5, 10], ValueError, "at most 9 rows, got [0, 5, 10]"),
-        ([0, 6, 9], ValueError, "steps of 0 to 5, at most 9 rows, got [0, 6, 9]"),
-        ([0, -1], ValueError, "got [0, -1]"),
+        ([0, 5, 10], ValueError, "want 9 (T) last, got 10"),
+        ([0, 5, 8], ValueError, "want 9 (T) last, got 8"),  # a sequence forgotten
+        ([0, 6, 9], ValueError, "want steps of 0 to 5, got [0, 6, 9]"),
+        ([0, -1], ValueError, "got [0, -1]; cu_seqlens: want 9 (T) last, got -1"),
         ([[0, 5]], ValueError, "want (B + 1,), got [1, 2]"),
         ([], ValueError, "want (B + 1,), got [0]"),
         (9, ValueError, "want (B + 1,), got []"),

@@ -12,6 +12,7 @@ import proof
 import pytest
 import run
 import torch
+import tunables
 from bench_cases import CPU, start
 from record import ROOT
 
@@ -33,6 +34,7 @@ def main(monkeypatch, *argv):
         (["cpu", "1x128", "x"], "got 1x128 x"),
         (["gpu", "3"], "gpu: want no more arguments, got 3"),
         (["proof", "tests"], "proof: want no more arguments, got tests"),
+        (["tune", "gelu.FWD_TILES", "gelu"], "tune: want attention.SHORT, attention.LONG, "),
         (["all"], "invalid choice"),
         ([], "required: suite"),
     ],
@@ -57,6 +59,11 @@ def test_stages():
     assert sum(stage.seconds for stage in gpu) <= 9 * 60 - 10  # the grace of the last one
     for suite in ("case", "proof"):
         assert sum(stage.seconds for stage in run.stages_of(suite, ["3"])) <= 600 - 10
+    tune = run.stages_of("tune", [])
+    assert [s.name for s in tune][:3] == ["machine", "tune compile", "tune attention.SHORT"]
+    assert sum(s.seconds for s in tune) <= 9 * 60 - 10 and min(s.seconds for s in tune) >= 15
+    few = run.stages_of("tune", ["gelu.FWD_TILES"])
+    assert [s.name for s in few] == ["machine", "tune compile", "tune gelu.FWD_TILES"]
     assert [s.name for s in run.stages_of("case", ["10"])][-1] == "case 10 in full"
     assert [s.name for s in run.stages_of("cpu", ["1x128"])] == ["machine", "cpu 1x128"]
     assert len(run.stages_of("cpu", [])) == 1 + len(run.CPU_TABLE)
@@ -69,6 +76,8 @@ def test_stages():
         (["gpu"], True, False, "gpu-2"),
         (["case", "10"], False, True, "case-10-2"),
         (["cpu", "16x128 33%"], True, False, "cpu-16x128-33-2"),
+        (["tune", "gelu.FWD_TILES"], False, True, "tune-gelu.FWD_TILES-2"),
+        (["tune"], True, False, "tune-2"),
     ],
 )
 def test_a_run_says_what_it_is(monkeypatch, capsys, tmp_path, argv, gpu, rehearsal, name):
@@ -87,6 +96,8 @@ def test_a_run_says_what_it_is(monkeypatch, capsys, tmp_path, argv, gpu, rehears
     assert data["rehearsal"] is rehearsal and data["suite"] == argv[0]
     assert data["command"].startswith(f"python benchmarks/run.py {argv[0]}")
     assert str(tmp_path) not in data["command"]
+    if argv[0] == "tune":
+        assert data["tune"] == {"asked": argv[1:] or tunables.tables()}
     said = capsys.readouterr().out
     assert ("Nothing of it is a result" in said) is rehearsal
     assert ("to keep it" in said) is not rehearsal

@@ -1,9 +1,23 @@
-"""linear and linear_gelu against torch.nn.functional.linear and its activations."""
+"""linear and linear_gelu against torch.nn.functional.linear and its activations.
+
+By kernels is the sum over rows for the gradient of the bias, and the activation.
+"""
 
 import op_cases
 import pytest
 import torch
-from op_cases import DATA, assert_refused, check, every_dtype, gradients, linear_case
+from op_cases import (
+    DATA,
+    assert_as_good,
+    assert_refused,
+    check,
+    every_dtype,
+    gradients,
+    kernel_dtype,
+    linear_case,
+)
+
+from bert_fast import ops
 
 poison = op_cases.poison
 SHAPES = [
@@ -74,3 +88,95 @@ def test_refused(change, error, got, activation):
 def test_refused_activation():
     case = linear_case(activation="tanh")
     assert_refused(ValueError, "linear_gelu", "got 'tanh'", case.call)
+
+
+# --- the kernels ---------------------------------------------------------------------------------
+
+KERNEL_SHAPES = [
+    (0, 24, 7),  # no rows
+    (5, 24, 0),  # no outputs
+    (5, 0, 7),  # a sum of nothing: the bias
+    (1, 8, 33),  # one row
+    (37, 10, 100),  # several tiles, the last full neither way
+    (3, 4, 1024),  # a full tile
+    (3, 4, 1025),  # one column past it
+]
+
+
+@kernel_dtype
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "alone"])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel_shapes(shape, bias, activation, dtype, kernel_device):
+    check(linear_case(*shape, bias=bias, activation=activation).to(dtype, kernel_device))
+
+
+def assert_sums(dy):
+    """The gradient of the bias against the sum in float64, by the rule of its dtype."""
+    T, F = dy.shape
+    x, w = dy.new_empty(T, 1), dy.new_empty(F, 1)
+    _, _, db = torch.ops.bert_fast.linear_bwd(dy, x, w, [False, False, True])
+    truth = dy.double().sum(0)
+    assert_as_good({"db": db}, {"db": dy.float().sum(0)}, {"db": truth})
+
+
+@kernel_dtype
+@pytest.mark.parametrize("data", DATA)
+def test_kernel_sums(data, dtype, kernel_device, monkeypatch):
+    """Several tiles for each program: 16 bits in between would show."""
+    pytest.importorskip("triton")
+    from bert_fast.kernels import common
+
+    monkeypatch.setattr(common, "NUM_PARTIALS", 8)
+    assert_sums(op_cases.rows(300, 40, data).to(kernel_device, dtype))
+
+
+@kernel_dtype
+def test_kernel_sums_of_what_cancels(dtype, kernel_device, monkeypatch):
+    """Large numbers first and last: in 16 bits those between would lose their digits."""
+    pytest.importorskip("triton")
+    from bert_fast.kernels import common
+
+    monkeypatch.setattr(common, "NUM_PARTIALS", 1)
+    dy = op_cases.rows(300, 40)
+    dy[0], dy[-1] = 2048, -2048
+    assert_sums(dy.to(kernel_device, dtype))
+
+
+@pytest.mark.parametrize("T", [7, 8, 9, 17])
+def test_kernel_partial_sums(T, kernel_device, monkeypatch):
+    """Eight programs at most: one row each, one program fewer, and rows left over."""
+    pytest.importorskip("triton")
+    from bert_fast.kernels import common, linear
+
+    monkeypatch.setattr(common, "NUM_PARTIALS", 8)
+    monkeypatch.setattr(linear, "COLUMN_SUM_TILES", {80: (1, 1024, 4)})
+    assert_sums(op_cases.rows(T, 3).to(kernel_device))
+
+
+def test_kernel_need(kernel_device):
+    """What nobody wants is empty."""
+    x, w, dy = (torch.randn(shape, device=kernel_device) for shape in ((5, 4), (3, 4), (5, 3)))
+    for wanted in range(8):
+        need = [bool(wanted >> i & 1) for i in range(3)]
+        found = torch.ops.bert_fast.linear_bwd(dy, x, w, need)
+        assert [bool(t.numel()) for t in found] == need
+
+
+def test_implementations():
+    """The products are PyTorch's; what names Triton has a kernel in it."""
+    pytest.importorskip("triton")
+    by = {name: on["cuda"].name for name, on in ops.implementations().items()}
+    assert by["linear"] == "cublas"
+    assert by["linear_bwd"] == by["linear_gelu"] == by["bias_gelu"] == "triton"
+
+
+def test_kernel_refused(kernel_device):
+    pytest.importorskip("triton")
+    dy, x, w = (torch.ones(2, 2, device=kernel_device).double() for _ in range(3))
+    assert_refused(
+        NotImplementedError,
+        "linear_bwd",
+        "got torch.float64",
+        lambda: torch.ops.bert_fast.linear_bwd(dy, x, w, [True] * 3),
+    )

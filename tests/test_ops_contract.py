@@ -220,7 +220,7 @@ def forward_and_backward_ops(dtype: torch.dtype) -> dict[str, tuple]:
     seed, ids = torch.tensor([3]), torch.tensor([0, 2, 2, 1, 0])
     table, m = randn(3, 12), randn(7, 12)
     call = torch.ops.bert_fast
-    norm = x, r, w, b, 1e-12, 0.1, seed, 4, dtype
+    norm = x, randn(12), r, w, b, 1e-12, 0.1, seed, 4, dtype
     _, z, mean, rstd = call.add_layer_norm(*norm)
     embed = ids, ids, ids, table, table, table, w
     _, *saved = call.embed(*embed, b, 1e-12, 0.1, seed, 4, dtype)
@@ -230,7 +230,7 @@ def forward_and_backward_ops(dtype: torch.dtype) -> dict[str, tuple]:
     labels = torch.tensor([1, -100, 6, 0, 3])
     return {
         "add_layer_norm": norm,
-        "add_layer_norm_bwd": (dy, z, w, mean, rstd, 0.1, seed, 4, dtype),
+        "add_layer_norm_bwd": (dy, z, w, mean, rstd, True, 0.1, seed, 4, dtype),
         "embed": (*embed, b, 1e-12, 0.1, seed, 4, dtype),
         "embed_bwd": (dy, *embed, *saved, 1, 0.1, seed, 4),
         "bias_gelu": (x, b, "gelu"),
@@ -242,18 +242,20 @@ def forward_and_backward_ops(dtype: torch.dtype) -> dict[str, tuple]:
         "attention_bwd": (randn(9, 2, 8), qkv, o, lse, *attention),
         "linear_cross_entropy": (x, m, randn(7), labels, True),
         "unpad": (torch.tensor([[1, 0, 1], [0, 0, 0]]).bool(),),
+        "work_list": (cu_seqlens, 9, 4),
     }
 
 
 OTHER_FORMS = {  # arguments to replace by index: the branches of an operator that make other shapes
-    "add_layer_norm": {1: None, 5: 0.0, 6: None},
-    "add_layer_norm_bwd": {5: 0.0, 6: None},
+    "add_layer_norm": {1: None, 2: None, 6: 0.0, 7: None},
+    "add_layer_norm_bwd": {5: False, 6: 0.0, 7: None},
     "embed": {0: None, 3: torch.ones(5, 12), 9: 0.0, 10: None},
     "bias_gelu": {1: None},
     "bias_gelu_bwd": {2: None},
     "linear": {2: None},
     "linear_bwd": {3: [False, True, False]},
     "linear_cross_entropy": {2: None, 4: False},
+    "work_list": {1: 300, 2: 128},
 }
 
 

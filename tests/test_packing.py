@@ -245,7 +245,7 @@ def test_packed_nothing(lengths):
     ("cu_seqlens", "max_len", "error", "got"),
     [
         ([0, 3], None, ValueError, "want 5 (T) last, got 3"),
-        ([0, 6], None, ValueError, "at most 5 rows, got [0, 6]"),
+        ([0, 6], None, ValueError, "want 5 (T) last, got 6"),
         ([1, 5], None, ValueError, "0 first"),
         ([0, 4, 3, 5], None, ValueError, "got [0, 4, 3, 5]"),
         ([0, 3, 5], 2, ValueError, "steps of 0 to 2"),

@@ -51,7 +51,9 @@ def cross_entropy(
     Raises:
         ValueError: a label is out of range (seen on the CPU).
     """
-    ops.check_range("cross_entropy", name, labels, logits.shape[1], ignore=ignore)
+    check = ops.Checks("cross_entropy")
+    check.range(name, labels, logits.shape[1], ignore=ignore)
+    check.done()
     total = F.cross_entropy(wide(logits), labels, reduction="sum", ignore_index=ignore)
     return mean(total, (labels != ignore).sum(), num_items).to(loss_dtype(logits))
 

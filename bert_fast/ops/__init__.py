@@ -6,21 +6,23 @@ take raises. Letters: T tokens, D hidden, H heads, K head size, F feed-forward, 
 """
 
 from bert_fast.ops.attention import attention, check_cu_seqlens
+from bert_fast.ops.checks import Checks
 from bert_fast.ops.cross_entropy import linear_cross_entropy
 from bert_fast.ops.embedding import embed
 from bert_fast.ops.gelu import ACTIVATIONS, gelu
 from bert_fast.ops.layer_norm import add_layer_norm, layer_norm
 from bert_fast.ops.linear import linear, linear_gelu
-from bert_fast.ops.registry import Implementation, check_range, implementations, is_autocast
+from bert_fast.ops.registry import Implementation, implementations, is_autocast
 from bert_fast.ops.unpad import unpad
+from bert_fast.ops.work_list import work_list
 
 __all__ = [
     "ACTIVATIONS",
+    "Checks",
     "Implementation",
     "add_layer_norm",
     "attention",
     "check_cu_seqlens",
-    "check_range",
     "embed",
     "gelu",
     "implementations",
@@ -30,4 +32,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "unpad",
+    "work_list",
 ]

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
+from bert_fast.ops.work_list import TILE
 
 
 def _fwd_fake(
-    qkv: Tensor, cu_seqlens: Tensor, max_len: int, p: float, seed: Tensor | None, site: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    work: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     T, _, H, K = qkv.shape
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -22,17 +29,56 @@ def _bwd_fake(do: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(qkv)
 
 
+def _tf32() -> bool:
+    """Return whether PyTorch may round the operands of fp32 products to TF32: then so may we."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _fwd_cuda(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    work: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from bert_fast.kernels import attention
+
+    return attention.attention_fwd(qkv, cu_seqlens, work, max_len, TILE, p, seed, site, _tf32())
+
+
+def _bwd_cuda(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    work: Tensor | None = None,
+) -> Tensor:
+    from bert_fast.kernels import attention_bwd
+
+    layout = cu_seqlens, work, max_len, TILE
+    return attention_bwd.attention_bwd(do, qkv, o, lse, *layout, p, seed, site, _tf32())
+
+
 _fwd = registry.register(
-    "attention(Tensor qkv, Tensor cu_seqlens, SymInt max_len, float p, Tensor? seed, int site)"
-    " -> (Tensor o, Tensor lse)",
+    "attention(Tensor qkv, Tensor cu_seqlens, SymInt max_len, float p, Tensor? seed, int site,"
+    " Tensor? work=None) -> (Tensor o, Tensor lse)",
     reference=reference.attention,
     fake=_fwd_fake,
+    cuda=_fwd_cuda,
 )
 _bwd = registry.register(
     "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens,"
-    " SymInt max_len, float p, Tensor? seed, int site) -> Tensor",
+    " SymInt max_len, float p, Tensor? seed, int site, Tensor? work=None) -> Tensor",
     reference=reference.attention_bwd,
     fake=_bwd_fake,
+    cuda=_bwd_cuda,
 )
 
 
@@ -46,35 +92,41 @@ class _Attention(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         site: int,
+        work: Tensor | None,
     ) -> Tensor:
-        o, lse = _fwd(qkv, cu_seqlens, max_len, p, seed, site)
-        ctx.save_for_backward(qkv, o, lse, cu_seqlens, seed)
+        o, lse = _fwd(qkv, cu_seqlens, max_len, p, seed, site, work)
+        ctx.save_for_backward(qkv, o, lse, cu_seqlens, seed, work)
         ctx.max_len, ctx.p, ctx.site = max_len, p, site
         return o
 
     @staticmethod
     @registry.first_order("attention")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, seed = ctx.saved_tensors
-        dqkv = _bwd(do.contiguous(), *tensors, ctx.max_len, ctx.p, seed, ctx.site)
-        return dqkv, None, None, None, None, None
+        *tensors, seed, work = ctx.saved_tensors
+        dqkv = _bwd(do.contiguous(), *tensors, ctx.max_len, ctx.p, seed, ctx.site, work)
+        return dqkv, None, None, None, None, None, None
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, T: int, max_len: int) -> None:
-    """Raise unless cu_seqlens is (B + 1,), 0 first, in steps of 0 to max_len, at most T.
+def check_cu_seqlens(
+    check: checks.Checks, name: str, cu_seqlens: Tensor, T: int | None, max_len: int, slack: bool
+) -> None:
+    """cu_seqlens is (B + 1,), 0 first, in steps of 0 to max_len, T last; with slack at most T.
 
     The values are looked at on the CPU only: elsewhere that would wait for the device.
     """
     if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
-        raise ValueError(f"{op}: cu_seqlens: want (B + 1,), got {[*cu_seqlens.shape]}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        steps = [last - first for first, last in pairwise(ends)]
-        if ends[0] != 0 or ends[-1] > T or not all(0 <= step <= max_len for step in steps):
-            raise ValueError(
-                f"{op}: cu_seqlens: want 0 first, steps of 0 to {max_len}, at most {T} rows,"
-                f" got {ends}"
-            )
+        check.note(f"{name}: want (B + 1,), got {[*cu_seqlens.shape]}")
+        return
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or T is None:
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0:
+        check.note(f"{name}: want 0 first, got {ends[0]}")
+    if not all(0 <= last - first <= max_len for first, last in pairwise(ends)):
+        check.note(f"{name}: want steps of 0 to {max_len}, got {ends}")
+    if ends[-1] > T or (ends[-1] < T and not slack):
+        most = "at most " if slack else ""
+        check.note(f"{name}: want {most}{T} (T) last, got {ends[-1]}")
 
 
 def attention(
@@ -85,17 +137,22 @@ def attention(
     p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    work: Tensor | None = None,
+    slack: bool = False,
 ) -> Tensor:
     """Bidirectional attention within each packed sequence, dropout on the probabilities.
 
     Args:
-        qkv: (T, 3, H, K) floating: query, key and value.
+        qkv: (T, 3, H, K) floating: query, key and value. On a GPU fp32, fp16 or bf16, K a multiple
+            of 8 from 8 to 128.
         cu_seqlens: (B + 1,) int32, on the device of qkv: sequence b is rows cu_seqlens[b] to
-            cu_seqlens[b + 1]; rows past the last are in no sequence, their result is 0.
+            cu_seqlens[b + 1]. On a GPU nobody looks at its values.
         max_len: no sequence is longer.
         p: probability of dropping a probability, in steps of 1 / 65536.
         seed: (1,) int64, needed with p > 0; the same seed and site give the same mask.
         site: number of this dropout in the model.
+        work: `work_list` of cu_seqlens and T, so that not every layer makes it; only a GPU uses it.
+        slack: whether there may be rows past the last sequence; their result is 0.
 
     Returns:
         (T, H, K) in the dtype of qkv; under autocast qkv is cast first, as eager's. Softmax in
@@ -104,19 +161,22 @@ def attention(
     Raises:
         ValueError: a shape, a device, cu_seqlens, p or the seed does not fit.
         TypeError: qkv is not floating or cu_seqlens not int32.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: a dtype or head size that the GPU's kernels do not take; under
+            torch.func transforms; for second derivatives.
     """
     op = "attention"
-    registry.check_float(op, qkv=qkv)
+    check = checks.Checks(op)
+    check.floating(qkv=qkv)
+    check.shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, K)")
+    check.dtype("cu_seqlens", cu_seqlens, torch.int32)
+    T = checks.size(qkv, 0)
+    check_cu_seqlens(check, "cu_seqlens", cu_seqlens, T, max_len, slack)
+    check.same("device", qkv=qkv, cu_seqlens=cu_seqlens, work=work)
+    check.dropout(p, seed, qkv.device)
+    check.done()
     (qkv,) = registry.autocast(qkv)
-    registry.check_shape(op, "qkv", qkv, (None, 3, None, None), "(T, 3, H, K)")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{op}: cu_seqlens: want int32, got {cu_seqlens.dtype}")
-    check_cu_seqlens(op, cu_seqlens, qkv.shape[0], max_len)
-    registry.check_same(op, "device", qkv=qkv, cu_seqlens=cu_seqlens)
-    registry.check_dropout(op, p, seed, qkv.device)
     seed = seed if p > 0 else None
-    args = qkv.contiguous(), cu_seqlens.contiguous(), max_len, p, seed, site
+    args = qkv.contiguous(), cu_seqlens.contiguous(), max_len, p, seed, site, work
     if registry.needs_grad(op, qkv):
         return _Attention.apply(*args)
     return _fwd(*args)[0]

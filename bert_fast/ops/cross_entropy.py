@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 
 
 def _fake(
@@ -18,11 +18,20 @@ def _fake(
     return loss, dx, dw, db
 
 
+def _fwd_cuda(
+    x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bert_fast.kernels.cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, w, b, labels, with_grad)
+
+
 _fwd = registry.register(
     "linear_cross_entropy(Tensor x, Tensor w, Tensor? b, Tensor labels, bool with_grad)"
     " -> (Tensor loss, Tensor dx, Tensor dw, Tensor db)",
     reference=reference.linear_cross_entropy,
     fake=_fake,
+    cuda=_fwd_cuda,
 )
 
 
@@ -57,24 +66,29 @@ def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor)
         () fp32 (fp64 for fp64): 0 without a labelled row.
 
     Raises:
-        ValueError: a shape or a device does not fit; a label is out of range (seen on the CPU).
+        ValueError: a shape or a device does not fit; a label is out of range (seen on the CPU; on
+            a GPU it makes the loss NaN).
         TypeError: a tensor is not floating, or of another dtype than x; labels are not int64.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype that the
+            kernels do not take, on a GPU.
     """
     op = "linear_cross_entropy"
-    registry.check_float(op, x=x, w=w, b=b)
+    check = checks.Checks(op)
+    check.floating(x=x, w=w, b=b)
+    check.dtype("labels", labels, torch.int64)
+    check.shape("w", w, (None, None), "(V, D)")
+    check.shape("x", x, (None, checks.size(w, 1)), "(N, D)")
+    check.shape("b", b, (checks.size(w, 0),), "(V,)")
+    check.shape("labels", labels, (checks.size(x, 0),), "(N,)")
+    check.same("device", x=x, w=w, b=b, labels=labels)
+    if not registry.is_autocast(x.device.type):
+        check.same("dtype", x=x, w=w, b=b)
+    check.done()
     x, w, b = registry.autocast(x, w, b)
-    registry.check_shape(op, "w", w, (None, None), "(V, D)")
-    registry.check_shape(op, "x", x, (None, w.shape[1]), "(N, D)")
-    if b is not None:
-        registry.check_shape(op, "b", b, (w.shape[0],), "(V,)")
-    registry.check_shape(op, "labels", labels, (x.shape[0],), "(N,)")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{op}: labels: want int64, got {labels.dtype}")
-    registry.check_same(op, "device", x=x, w=w, b=b, labels=labels)
-    registry.check_same(op, "dtype", x=x, w=w, b=b)
-    registry.check_range(op, "labels", labels, w.shape[0], ignore=reference.IGNORE)
-    args = x.contiguous(), w, b, labels
+    check.same("dtype", x=x, w=w, b=b)  # autocast leaves fp64 as it is
+    check.range("labels", labels, w.shape[0], ignore=reference.IGNORE)
+    check.done()
+    args = x.contiguous(), w.contiguous(), b if b is None else b.contiguous(), labels.contiguous()
     if registry.needs_grad(op, x, w, b):
         return _LinearCrossEntropy.apply(*args)
     return _fwd(*args, False)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 
 
 def _fwd_fake(
@@ -51,12 +51,25 @@ def _bwd_fake(
     return dword, dposition, dtype, dw, db
 
 
+def _fwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bert_fast.kernels.embedding import embed_fwd
+
+    return embed_fwd(*args)
+
+
+def _bwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from bert_fast.kernels.embedding import embed_bwd
+
+    return embed_bwd(*args)
+
+
 _fwd = registry.register(
     "embed(Tensor? input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,"
     " Tensor position, Tensor type_, Tensor w, Tensor b, float eps, float p, Tensor? seed,"
     " int site, ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     reference=reference.embed,
     fake=_fwd_fake,
+    cuda=_fwd_cuda,
 )
 _bwd = registry.register(
     "embed_bwd(Tensor dy, Tensor? input_ids, Tensor position_ids, Tensor token_type_ids,"
@@ -65,6 +78,7 @@ _bwd = registry.register(
     " -> (Tensor dword, Tensor dposition, Tensor dtype, Tensor dw, Tensor db)",
     reference=reference.embed_bwd,
     fake=_bwd_fake,
+    cuda=_bwd_cuda,
 )
 
 
@@ -141,33 +155,38 @@ def embed(
 
     Raises:
         ValueError: a shape, a device, p or the seed does not fit; an id is out of range (seen on
-            the CPU).
+            the CPU; on a GPU it makes its row NaN).
         TypeError: a table is not floating, or ids are not integers.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype or D that
+            the kernels do not take, on a GPU.
     """
     op = "embed"
     tables = {"word": word, "position": position, "type_": type_}
-    registry.check_float(op, **tables, w=w, b=b)
-    registry.check_shape(op, "w", w, (None,), "(D,)")
+    check = checks.Checks(op)
+    D = checks.size(w, 0)
+    check.floating(**tables, w=w, b=b)
+    check.shape("w", w, (None,), "(D,)")
     for name, table in tables.items():
-        registry.check_shape(op, name, table, (None, w.shape[0]), "(rows, D)")
-    registry.check_shape(op, "b", b, (word.shape[1],), "(D,)")
-    T = word.shape[0] if input_ids is None else input_ids.shape[0] if input_ids.ndim else None
+        check.shape(name, table, (None, D), "(rows, D)")
+    check.shape("b", b, (D,), "(D,)")
+    T = checks.size(word if input_ids is None else input_ids, 0)
     ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
-    for (name, t), table in zip(ids.items(), (word, position, type_), strict=True):
-        if t is None:
-            continue
-        if t.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{op}: {name}: want int64 or int32, got {t.dtype}")
-        registry.check_shape(op, name, t, (T,), "(T,)")
-        registry.check_range(op, name, t, table.shape[0])
-    registry.check_same(op, "device", **ids, **tables, w=w, b=b)
-    registry.check_dropout(op, p, seed, word.device)
+    for name, t in ids.items():
+        check.dtype(name, t, torch.int64, torch.int32)
+        check.shape(name, t, (T,), "(T,)")
+    check.same("device", **ids, **tables, w=w, b=b)
+    check.dropout(p, seed, word.device)
+    check.done()
+    for (name, t), table in zip(ids.items(), tables.values(), strict=True):
+        if t is not None:
+            check.range(name, t, table.shape[0])
+    check.done()
     seed = seed if p > 0 else None
     out_dtype = functools.reduce(torch.promote_types, (t.dtype for t in tables.values()))
     if word.is_cuda and registry.is_autocast("cuda"):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
-    inputs = input_ids, position_ids, token_type_ids, word, position, type_, w, b, eps
+    tensors = *ids.values(), *tables.values(), w, b
+    inputs = *(t if t is None else t.contiguous() for t in tensors), eps
     if registry.needs_grad(op, word, position, type_, w, b):
         pad_id = -1 if pad_id is None else pad_id
         return _Embed.apply(*inputs, pad_id, p, seed, site, out_dtype)

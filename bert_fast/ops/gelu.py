@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bert_fast import reference
 from bert_fast.config import ACTIVATIONS
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 
 
 def _fwd_fake(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
@@ -18,15 +18,29 @@ def _bwd_fake(dy: Tensor, x: Tensor, b: Tensor | None, activation: str) -> tuple
     return torch.empty_like(x), (x if b is None else b).new_empty(x.shape[1])
 
 
+def _fwd_cuda(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
+    from bert_fast.kernels.gelu import bias_gelu_fwd
+
+    return bias_gelu_fwd(x, b, activation)
+
+
+def _bwd_cuda(dy: Tensor, x: Tensor, b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    from bert_fast.kernels.gelu import bias_gelu_bwd
+
+    return bias_gelu_bwd(dy, x, b, activation)
+
+
 _fwd = registry.register(
     "bias_gelu(Tensor x, Tensor? b, str activation) -> Tensor",
     reference=reference.bias_gelu,
     fake=_fwd_fake,
+    cuda=_fwd_cuda,
 )
 bias_gelu_bwd = registry.register(
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor? b, str activation) -> (Tensor dx, Tensor db)",
     reference=reference.bias_gelu_bwd,
     fake=_bwd_fake,
+    cuda=_bwd_cuda,
 )
 
 
@@ -45,10 +59,10 @@ class _BiasGelu(torch.autograd.Function):
         return dx, None if b is None else db, None
 
 
-def check_activation(op: str, activation: str) -> None:
-    """Raise ValueError unless the activation is one of `ACTIVATIONS`."""
+def check_activation(check: checks.Checks, activation: str) -> None:
+    """The activation is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation: want {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check.note(f"activation: want {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def gelu(x: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
@@ -65,16 +79,18 @@ def gelu(x: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor
     Raises:
         ValueError: a shape or a device does not fit, or the activation is unknown.
         TypeError: a tensor is not floating.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype that the
+            kernels do not take, on a GPU.
     """
     op = "gelu"
-    check_activation(op, activation)
-    registry.check_float(op, x=x, b=b)
-    registry.check_shape(op, "x", x, (None, None), "(T, F)")
-    if b is not None:
-        registry.check_shape(op, "b", b, (x.shape[1],), "(F,)")
-    registry.check_same(op, "device", x=x, b=b)
-    x = x.contiguous()
+    check = checks.Checks(op)
+    check_activation(check, activation)
+    check.floating(x=x, b=b)
+    check.shape("x", x, (None, None), "(T, F)")
+    check.shape("b", b, (checks.size(x, 1),), "(F,)")
+    check.same("device", x=x, b=b)
+    check.done()
+    x, b = x.contiguous(), None if b is None else b.contiguous()
     if registry.needs_grad(op, x, b):
         return _BiasGelu.apply(x, b, activation)
     return _fwd(x, b, activation)

@@ -1,4 +1,4 @@
-"""dropout + residual + LayerNorm."""
+"""bias + dropout + residual + LayerNorm."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 
 
 def _fwd_fake(
     x: Tensor,
+    bias: Tensor | None,
     residual: Tensor | None,
     w: Tensor,
     b: Tensor,
@@ -20,10 +21,12 @@ def _fwd_fake(
     site: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-    wide = wide if residual is None else torch.promote_types(wide, residual.dtype)
+    wide = torch.float32
+    for t in (x, bias, residual, w):
+        wide = wide if t is None else torch.promote_types(wide, t.dtype)
+    is_x = bias is None and residual is None and p == 0
     y = x.new_empty(x.shape, dtype=out_dtype)
-    z = x.new_empty((0,) if residual is None and p == 0 else x.shape, dtype=out_dtype)
+    z = x.new_empty((0,) if is_x else x.shape, dtype=out_dtype)
     mean, rstd = (x.new_empty(x.shape[0], dtype=wide) for _ in range(2))
     return y, z, mean, rstd
 
@@ -34,28 +37,45 @@ def _bwd_fake(
     w: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    with_bias: bool,
     p: float,
     seed: Tensor | None,
     site: int,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = z.new_empty(z.shape if p > 0 else (0,), dtype=x_dtype)
-    return dx, torch.empty_like(z), torch.empty_like(w), torch.empty_like(w)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx = z.new_empty((0,) if p == 0 and x_dtype == z.dtype else z.shape, dtype=x_dtype)
+    dbias_dtype = torch.promote_types(x_dtype, w.dtype)
+    dbias = w.new_empty(w.shape if with_bias else (0,), dtype=dbias_dtype)
+    return dx, torch.empty_like(z), torch.empty_like(w), torch.empty_like(w), dbias
+
+
+def _fwd_cuda(*args: Any) -> tuple[Tensor, ...]:
+    from bert_fast.kernels.layer_norm import add_layer_norm_fwd
+
+    return add_layer_norm_fwd(*args)
+
+
+def _bwd_cuda(*args: Any) -> tuple[Tensor, ...]:
+    from bert_fast.kernels.layer_norm import add_layer_norm_bwd
+
+    return add_layer_norm_bwd(*args)
 
 
 _fwd = registry.register(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor w, Tensor b, float eps, float p,"
-    " Tensor? seed, int site, ScalarType out_dtype)"
+    "add_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor w, Tensor b, float eps,"
+    " float p, Tensor? seed, int site, ScalarType out_dtype)"
     " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     reference=reference.add_layer_norm,
     fake=_fwd_fake,
+    cuda=_fwd_cuda,
 )
 _bwd = registry.register(
-    "add_layer_norm_bwd(Tensor dy, Tensor z, Tensor w, Tensor mean, Tensor rstd, float p,"
-    " Tensor? seed, int site, ScalarType x_dtype)"
-    " -> (Tensor dx, Tensor dz, Tensor dw, Tensor db)",
+    "add_layer_norm_bwd(Tensor dy, Tensor z, Tensor w, Tensor mean, Tensor rstd, bool with_bias,"
+    " float p, Tensor? seed, int site, ScalarType x_dtype)"
+    " -> (Tensor dx, Tensor dz, Tensor dw, Tensor db, Tensor dbias)",
     reference=reference.add_layer_norm_bwd,
     fake=_bwd_fake,
+    cuda=_bwd_cuda,
 )
 
 
@@ -64,6 +84,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        bias: Tensor | None,
         residual: Tensor | None,
         w: Tensor,
         b: Tensor,
@@ -73,23 +94,24 @@ class _AddLayerNorm(torch.autograd.Function):
         site: int,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        y, z, mean, rstd = _fwd(x, residual, w, b, eps, p, seed, site, out_dtype)
-        z = x if residual is None and p == 0 else z
+        y, z, mean, rstd = _fwd(x, bias, residual, w, b, eps, p, seed, site, out_dtype)
+        z = x if bias is None and residual is None and p == 0 else z
         ctx.save_for_backward(z, w, mean, rstd, seed)
-        ctx.p, ctx.site, ctx.x_dtype = p, site, x.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.b_dtype = b.dtype
+        ctx.p, ctx.site = p, site
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual, b)]
         return y
 
     @staticmethod
     @registry.first_order("add_layer_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, w, mean, rstd, seed = ctx.saved_tensors
-        args = dy.contiguous(), z, w, mean, rstd, ctx.p, seed, ctx.site, ctx.x_dtype
-        dx, dz, dw, db = _bwd(*args)
-        dx = dx if ctx.p > 0 else dz.to(ctx.x_dtype)
-        d_residual = None if ctx.residual_dtype is None else dz.to(ctx.residual_dtype)
-        return dx, d_residual, dw, db.to(ctx.b_dtype), None, None, None, None, None
+        x_dtype, bias_dtype, residual_dtype, b_dtype = ctx.dtypes
+        args = z, w, mean, rstd, bias_dtype is not None, ctx.p, seed, ctx.site, x_dtype
+        dx, dz, dw, db, dbias = _bwd(dy.contiguous(), *args)
+        dx = dz if ctx.p == 0 and x_dtype == z.dtype else dx
+        dbias = None if bias_dtype is None else dbias.to(bias_dtype)
+        d_residual = None if residual_dtype is None else dz.to(residual_dtype)
+        return dx, dbias, d_residual, dw, db.to(b_dtype), None, None, None, None, None
 
 
 def add_layer_norm(
@@ -99,11 +121,12 @@ def add_layer_norm(
     b: Tensor,
     eps: float = 1e-12,
     *,
+    bias: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual) over the last dimension (Ba et al., 2016).
+    """LayerNorm(dropout(x + bias) + residual) over the last dimension (Ba et al., 2016).
 
     Args:
         x: (T, D) floating.
@@ -111,7 +134,9 @@ def add_layer_norm(
         w: (D,) scale.
         b: (D,) shift.
         eps: added to the variance.
-        p: probability of dropping an element of x, in steps of 1 / 65536.
+        bias: (D,) floating, that of the product which made x, or None; added in fp32 even under
+            autocast.
+        p: probability of dropping an element of x + bias, in steps of 1 / 65536.
         seed: (1,) int64, needed with p > 0; the same seed and site give the same mask.
         site: number of this dropout in the model.
 
@@ -122,28 +147,33 @@ def add_layer_norm(
     Raises:
         ValueError: a shape, a device, p or the seed does not fit.
         TypeError: a tensor is not floating.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype or D that
+            the kernels do not take, on a GPU.
     """
     op = "add_layer_norm"
-    registry.check_float(op, x=x, residual=residual, w=w, b=b)
-    registry.check_shape(op, "w", w, (None,), "(D,)")
-    registry.check_shape(op, "x", x, (None, w.shape[0]), "(T, D)")
-    if residual is not None:
-        registry.check_shape(op, "residual", residual, tuple(x.shape), "(T, D)")
-    registry.check_shape(op, "b", b, (x.shape[1],), "(D,)")
-    registry.check_same(op, "device", x=x, residual=residual, w=w, b=b)
-    registry.check_dropout(op, p, seed, x.device)
+    check = checks.Checks(op)
+    D = checks.size(w, 0)
+    check.floating(x=x, residual=residual, w=w, b=b, bias=bias)
+    check.shape("w", w, (None,), "(D,)")
+    check.shape("x", x, (None, D), "(T, D)")
+    check.shape("residual", residual, tuple(x.shape), "(T, D)")
+    check.shape("b", b, (D,), "(D,)")
+    check.shape("bias", bias, (D,), "(D,)")
+    check.same("device", x=x, residual=residual, w=w, b=b, bias=bias)
+    check.dropout(p, seed, x.device)
+    check.done()
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if x.is_cuda and registry.is_autocast("cuda"):
         out_dtype = torch.promote_types(out_dtype, torch.float32)
-    x = x.contiguous()
+    x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
+    bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    args = x, residual, w, b, eps, p, seed if p > 0 else None, site, out_dtype
-    if registry.needs_grad(op, x, residual, w, b):
+    args = x, bias, residual, w, b, eps, p, seed if p > 0 else None, site, out_dtype
+    if registry.needs_grad(op, x, bias, residual, w, b):
         return _AddLayerNorm.apply(*args)
     return _fwd(*args)[0]
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-12) -> Tensor:
-    """LayerNorm(x): `add_layer_norm` without residual and dropout."""
+    """LayerNorm(x): `add_layer_norm` without bias, residual and dropout."""
     return add_layer_norm(x, None, w, b, eps)

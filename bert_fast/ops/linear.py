@@ -1,4 +1,8 @@
-"""x w^T + b, alone and followed by an activation."""
+"""x w^T + b, alone and followed by an activation.
+
+On a GPU the products are cuBLAS's, through PyTorch, and stay so until one of ours with an epilogue
+is measurably faster. The activation and the sums over rows are kernels.
+"""
 
 from typing import Any
 
@@ -6,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 from bert_fast.ops.gelu import bias_gelu_bwd, check_activation
 
 
@@ -24,20 +28,39 @@ def _gelu_fake(x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> tuple
     return _fwd_fake(x, w, b), _fwd_fake(x, w, b)
 
 
+def _bwd_cuda(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    from bert_fast.kernels.linear import column_sums
+
+    db = column_sums(dy) if need[2] else w.new_empty(0)  # first: it may refuse
+    dx, dw, _ = reference.linear_bwd(dy, x, w, [*need[:2], False])
+    return dx, dw, db
+
+
+def _gelu_cuda(x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    from bert_fast.kernels.gelu import bias_gelu_fwd
+
+    h = reference.linear(x, w, b)
+    return bias_gelu_fwd(h, None, activation), h
+
+
 _fwd = registry.register(
     "linear(Tensor x, Tensor w, Tensor? b) -> Tensor",
     reference=reference.linear,
     fake=_fwd_fake,
+    cuda=reference.linear,
+    by="cublas",
 )
 _bwd = registry.register(
     "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw, Tensor db)",
     reference=reference.linear_bwd,
     fake=_bwd_fake,
+    cuda=_bwd_cuda,
 )
 _gelu_fwd = registry.register(
     "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation) -> (Tensor y, Tensor h)",
     reference=reference.linear_gelu,
     fake=_gelu_fake,
+    cuda=_gelu_cuda,
 )
 
 
@@ -76,16 +99,23 @@ class _LinearGelu(torch.autograd.Function):
         return dx if need_x else None, dw if need_w else None, db if need_b else None, None
 
 
-def _check(op: str, x: Tensor, w: Tensor, b: Tensor | None) -> list[Tensor | None]:
+def _check(
+    op: str, x: Tensor, w: Tensor, b: Tensor | None, activation: str = "gelu"
+) -> list[Tensor | None]:
     """Return x, w and b as the op takes them: checked, in autocast's dtype, x contiguous."""
-    registry.check_float(op, x=x, w=w, b=b)
+    check = checks.Checks(op)
+    check_activation(check, activation)
+    check.floating(x=x, w=w, b=b)
+    check.shape("w", w, (None, None), "(F, D)")
+    check.shape("x", x, (None, checks.size(w, 1)), "(T, D)")
+    check.shape("b", b, (checks.size(w, 0),), "(F,)")
+    check.same("device", x=x, w=w, b=b)
+    if not registry.is_autocast(x.device.type):
+        check.same("dtype", x=x, w=w, b=b)
+    check.done()
     x, w, b = registry.autocast(x, w, b)
-    registry.check_shape(op, "w", w, (None, None), "(F, D)")
-    registry.check_shape(op, "x", x, (None, w.shape[1]), "(T, D)")
-    if b is not None:
-        registry.check_shape(op, "b", b, (w.shape[0],), "(F,)")
-    registry.check_same(op, "device", x=x, w=w, b=b)
-    registry.check_same(op, "dtype", x=x, w=w, b=b)
+    check.same("dtype", x=x, w=w, b=b)  # autocast leaves fp64 as it is
+    check.done()
     return [x.contiguous(), w, b]
 
 
@@ -103,7 +133,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: a shape or a device does not fit.
         TypeError: a tensor is not floating, or of another dtype than x.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype that the
+            kernels do not take, on a GPU.
     """
     args = _check("linear", x, w, b)
     if registry.needs_grad("linear", *args):
@@ -126,11 +157,11 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str =
     Raises:
         ValueError: a shape or a device does not fit, or the activation is unknown.
         TypeError: a tensor is not floating, or of another dtype than x.
-        NotImplementedError: under torch.func transforms; for second derivatives.
+        NotImplementedError: under torch.func transforms; for second derivatives; a dtype that the
+            kernels do not take, on a GPU.
     """
     op = "linear_gelu"
-    check_activation(op, activation)
-    args = _check(op, x, w, b)
+    args = _check(op, x, w, b, activation)
     if registry.needs_grad(op, *args):
         return _LinearGelu.apply(*args, activation)
     return _gelu_fwd(*args, activation)[0]

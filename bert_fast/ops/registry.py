@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bert_fast.config import DTYPES
-
 _lib = torch.library.Library("bert_fast", "FRAGMENT")
 
 
@@ -159,62 +157,3 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
-def check_float(op: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless every tensor is of a floating dtype the ops take."""
-    for name, t in tensors.items():
-        if t is not None and t.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name}: want fp32, fp16, bf16 or fp64, got {t.dtype}")
-
-
-def check_same(op: str, what: str, **tensors: Tensor | None) -> None:
-    """Raise unless the tensors agree in `what`: "dtype" (TypeError) or "device" (ValueError)."""
-    given = {name: getattr(t, what) for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        got = ", ".join(f"{name} {value}" for name, value in given.items())
-        error = TypeError if what == "dtype" else ValueError
-        raise error(f"{op}: want one {what} for all, got {got}")
-
-
-def check_shape(op: str, name: str, t: Tensor, want: tuple[int | None, ...], letters: str) -> None:
-    """Raise ValueError unless t has the shape `want`, where None stands for any size."""
-    if t.ndim != len(want) or any(
-        w is not None and w != s for w, s in zip(want, t.shape, strict=True)
-    ):
-        raise ValueError(f"{op}: {name}: want {letters} {_show(want)}, got {[*t.shape]}")
-
-
-def _show(want: tuple[int | None, ...]) -> str:
-    return "[" + ", ".join("*" if w is None else str(w) for w in want) + "]"
-
-
-def check_range(op: str, name: str, ids: Tensor, size: int, ignore: int | None = None) -> None:
-    """Raise ValueError unless 0 <= ids < size, or equal to `ignore`; looks at CPU tensors only.
-
-    On another device the look would wait for it; there, kernels must not trust ids.
-    """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-        return
-    low, high = (int(v) for v in ids.aminmax())
-    if 0 <= low and high < size:
-        return
-    bad = (ids < 0) | (ids >= size)
-    if ignore is not None:
-        bad &= ids != ignore
-    if bad.any():
-        at = int(bad.flatten().nonzero()[0])
-        got = int(ids.flatten()[at])
-        or_ignored = "" if ignore is None else f" or {ignore}"
-        raise ValueError(f"{op}: {name}: want 0 to {size - 1}{or_ignored}, got {got} at {at}")
-
-
-def check_dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> None:
-    """Raise ValueError unless p is a probability and there is a seed (1,) int64 if p > 0."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"{op}: p: want 0 to 1, got {p}")
-    if p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
-        got = "None" if seed is None else f"{[*seed.shape]} {seed.dtype}"
-        raise ValueError(f"{op}: seed: want [1] torch.int64 with p > 0, got {got}")
-    if p > 0 and seed.device != device:
-        raise ValueError(f"{op}: seed: want it on {device}, got {seed.device}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import registry
+from bert_fast.ops import checks, registry
 
 
 def _fake(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,8 @@ def unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: the mask is not 2-D.
         TypeError: the mask is not bool.
     """
-    registry.check_shape("unpad", "mask", mask, (None, None), "(B, L)")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"unpad: mask: want bool, got {mask.dtype}")
+    check = checks.Checks("unpad")
+    check.shape("mask", mask, (None, None), "(B, L)")
+    check.dtype("mask", mask, torch.bool)
+    check.done()
     return _unpad(mask)

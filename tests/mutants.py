@@ -1,0 +1,11 @@
+"""Every fault that `mutate.py` plants."""
+
+import mutants_attention
+import mutants_attention_bwd
+import mutants_embedding
+import mutants_rounding
+import mutants_rows
+
+PARTS = mutants_attention, mutants_attention_bwd, mutants_rows, mutants_embedding
+PARTS += (mutants_rounding,)
+MUTANTS = tuple(mutant for part in PARTS for mutant in part.MUTANTS)
