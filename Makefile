@@ -33,7 +33,7 @@ ifneq ($(filter gpu-cases,$(MAKECMDGOALS)),)
 $(if $(CASE),,$(error CASE: want the number of a case, as in make gpu-cases CASE=3))
 endif
 
-.PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof gpu-tune cpu-table ledger ext clean
+.PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof test-gpu gpu-tune cpu-table ledger ext clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -66,6 +66,8 @@ gpu-cases: $(READY)  ## one case of the targets against every peer and mode: mak
 
 gpu-proof: $(READY)  ## the tests that run on the GPU, and NVIDIA's sanitizers over every op
 	$(MEASURE) proof --out $(OUT)
+
+test-gpu: gpu-proof  ## gpu-proof, under the name the other tests have
 
 gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
 	$(MEASURE) tune $(TABLES) --out $(OUT)

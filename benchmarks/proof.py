@@ -28,7 +28,8 @@ def tests(run: Run, until: float) -> None:
     command = [sys.executable, "-m", "pytest", "tests", "-m", "device and not long", "-q"]
     command += ["-p", "checkout"]
     if find_spec("xdist"):
-        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+        # most of the time goes into compiling kernels, on the processor
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadfile"]
     command += ["-p", "no:cacheprovider", "--override-ini=xfail_strict=true"]
     status, said = _run(command, until, PYTHONPATH=str(Path(__file__).parent))
     last = next((line for line in reversed(said.splitlines()) if line.strip()), "")

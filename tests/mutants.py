@@ -2,10 +2,19 @@
 
 import mutants_attention
 import mutants_attention_bwd
+import mutants_common
 import mutants_embedding
+import mutants_ops
 import mutants_rounding
 import mutants_rows
 
-PARTS = mutants_attention, mutants_attention_bwd, mutants_rows, mutants_embedding
-PARTS += (mutants_rounding,)
+PARTS = (
+    mutants_attention,
+    mutants_attention_bwd,
+    mutants_rows,
+    mutants_common,
+    mutants_embedding,
+    mutants_ops,
+    mutants_rounding,
+)
 MUTANTS = tuple(mutant for part in PARTS for mutant in part.MUTANTS)

@@ -250,17 +250,22 @@ MUTANTS = [
         AROUND_32,
     ),
     tiles(
+        "attention: lengths that may be equal are",
+        "all_equal = self.B * max_len == self.T",
+        "all_equal = self.B * max_len >= self.T",
+        "test_formula and rules and 33 and float32",
+    ),
+    tiles(
+        "attention: one block too few in a tile",
+        "blocks = self.tile // rule[block]",
+        "blocks = self.tile // rule[block] - 1",
+        STREAMED,
+    ),
+    tiles(
         "attention: 129 rows are not long",
         "max_len > tile",
         "max_len > tile + 1",
         "test_formula and short and 129 and float32",
-    ),
-    attention_op(
-        "attention: the backward's work list misses the last row",
-        "work = work_list(cu_seqlens, qkv.shape[0])",
-        "work = work_list(cu_seqlens, qkv.shape[0] - 1)",
-        "test_formula and rules and 33 and float32",
-        within="_bwd_cuda",
     ),
     attention_op(
         "attention: the gradient is taken as it lies",

@@ -15,6 +15,12 @@ work_list = partial(Mutant, file="kernels/work_list.py", tests="tests/test_work_
 
 BACKWARD_MUTANTS = [
     backward(
+        "attention backward: its own work list misses the last row",
+        "work = work_list(cu_seqlens, qkv.shape[0], tile)",
+        "work = work_list(cu_seqlens, qkv.shape[0] - 1, tile)",
+        "test_formula and rules and 33 and float32",
+    ),
+    backward(
         "attention backward: the mask is not applied to dP",
         "dp = tl.where(kept, dp * keep_scale, 0.0)",
         "dp = dp * keep_scale",
@@ -148,6 +154,24 @@ WORK_LIST_MUTANTS = [
         "others[None, :] < mine[:, None]",
         "others[None, :] <= mine[:, None]",
         "test_kernel_entries",
+    ),
+    work_list(
+        "work list: the slack is not the last",
+        "is_before = longer | (as_long & earlier) | (mine == B)[:, None]",
+        "is_before = longer | (as_long & earlier)",
+        "test_kernel_entries",
+    ),
+    work_list(
+        "work list: a sequence beyond the rows",
+        "tl.minimum(tl.maximum(last, first), T) - first",
+        "tl.maximum(last, first) - first",
+        "test_borders_are_held",
+    ),
+    work_list(
+        "work list: a sequence of fewer rows than none",
+        "tl.minimum(tl.maximum(last, first), T) - first",
+        "tl.minimum(last, T) - first",
+        "test_borders_are_held",
     ),
     work_list(
         "work list: the shortest first",

@@ -6,7 +6,7 @@ from mutant import Mutant
 
 EMBEDDING = "tests/test_embedding_kernel.py"
 CROSS_ENTROPY = "tests/test_cross_entropy_kernel.py"
-DROPOUT = "tests/test_kernel_dropout.py"
+MEMORY = "tests/test_kernel_memory.py"
 OVERFLOW = "tests/test_kernel_overflow.py"
 PLAIN = "test_formula and ids and float32 and 17"
 
@@ -48,10 +48,16 @@ EMBEDDING_MUTANTS = [
         "test_ids_out_of_range",
     ),
     embedding(
-        "embedding: mean over the tile's columns",
-        "mean = tl.sum(tl.where(in_row, z, 0.0), axis=1) / D",
-        "mean = tl.sum(tl.where(in_row, z, 0.0), axis=1) / BLOCK_D",
+        "embedding: variance over the tile's columns",
+        "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
+        "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / BLOCK_D + eps)",
         "test_data and float32",
+    ),
+    embedding(
+        "embedding: variance as a difference of squares",
+        "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
+        "rstd = tl.rsqrt(tl.sum(tl.where(in_row, z * z, 0.0), axis=1) / D - mean * mean + eps)",
+        "test_far_from_zero and float32",
     ),
     embedding(
         "embedding: columns past the end hold minus the mean",
@@ -66,29 +72,22 @@ EMBEDDING_MUTANTS = [
         "test_eps and float32",
     ),
     embedding(
-        "embedding: what equals the threshold is dropped",
-        "bits >= threshold",
-        "bits > threshold",
-        "test_the_threshold_is_kept and embed",
-        tests=DROPOUT,
-    ),
-    embedding(
         "embedding: dropout before the shift",
-        "y *= common.row_dropout(key, rows, threshold, factor, ROWS, BLOCK_D)",
-        "y = (y - b) * common.row_dropout(key, rows, threshold, factor, ROWS, BLOCK_D) + b",
+        "y *= common.row_dropout(rows, key, threshold, factor, ROWS, BLOCK_D)",
+        "y = (y - b) * common.row_dropout(rows, key, threshold, factor, ROWS, BLOCK_D) + b",
         "test_dropout and float32 and ids",
         within="_embed_fwd_kernel",
     ),
     embedding(
         "embedding backward: what is kept is not scaled",
-        "dy *= common.row_dropout(key, rows, threshold, factor,",
-        "dy *= common.row_dropout(key, rows, threshold, 1.0,",
+        "dy *= common.row_dropout(rows, key, threshold, factor,",
+        "dy *= common.row_dropout(rows, key, threshold, 1.0,",
         "test_dropout and float32 and ids",
     ),
     embedding(
         "embedding backward: a mask of the first tile for all",
-        "dy *= common.row_dropout(key, rows, threshold",
-        "dy *= common.row_dropout(key, rows % ROWS, threshold",
+        "dy *= common.row_dropout(rows, key, threshold",
+        "dy *= common.row_dropout(rows % ROWS, key, threshold",
         "test_dropout and float32 and ids",
     ),
     embedding(
@@ -119,6 +118,12 @@ EMBEDDING_MUTANTS = [
         "embedding backward: a foul row counts",
         "known = mask & known[:, None]",
         "known = mask",
+        "test_ids_out_of_range",
+    ),
+    embedding(
+        "embedding backward: the gradient of a foul row is not written",
+        "tl.store(dz_ptr + offs, dz, mask=mask)",
+        "tl.store(dz_ptr + offs, dz, mask=known)",
         "test_ids_out_of_range",
     ),
     embedding_op(
@@ -197,6 +202,32 @@ TABLE_MUTANTS = [
         "test_padding_row",
     ),
     tables(
+        "tables: an id past the table is written",
+        "return (row >= 0) & (row < num_rows) & (row != pad_id)",
+        "return (row >= 0) & (row <= num_rows) & (row != pad_id)",
+        "nobody_checked and after and test_guard_pages",
+        tests=MEMORY,
+    ),
+    tables(
+        "tables: an id below 0 is written",
+        "return (row >= 0) & (row < num_rows) & (row != pad_id)",
+        "return (row >= -9) & (row < num_rows) & (row != pad_id)",
+        "nobody_checked and before and test_guard_pages",
+        tests=MEMORY,
+    ),
+    tables(
+        "tables: the search for a run's end stops early",
+        "while inside + 1 < outside:",
+        "while inside + 2 < outside:",
+        "test_runs",
+    ),
+    tables(
+        "tables: a chunk that is not full has no program",
+        "chunks = triton.cdiv(T, chunk)",
+        "chunks = max(1, T // chunk)",
+        "test_runs",
+    ),
+    tables(
         "tables: any order of equal ids",
         "ids, order = torch.sort(ids, stable=True)",
         "ids, order = torch.sort(ids.flip(0), stable=True)",
@@ -253,6 +284,19 @@ CROSS_ENTROPY_MUTANTS = [
         "labelled = (label >= 0) & (label < V)",
         "labelled = (label >= 0) & (label <= V)",
         "test_label_out_of_range",
+    ),
+    cross_entropy(
+        "cross entropy: a label far outside is read",
+        "labelled = (label >= 0) & (label < V)",
+        "labelled = label >= 0",
+        "nobody_checked and after and test_guard_pages",
+        tests=MEMORY,
+    ),
+    cross_entropy(
+        "cross entropy: the last block reads the next row",
+        "mask=cols < S, other=float",
+        "mask=cols < S + BLOCK_V, other=float",
+        "test_formula and bias and float32 and 2500",
     ),
     cross_entropy(
         "cross entropy: labels of the first chunk for all",

@@ -21,7 +21,8 @@ MUTANTS = [
         "rounding: mean and rstd saved in 16 bits",
         "mean, rstd = (torch.empty(T, dtype=torch.float32,",
         "mean, rstd = (torch.empty(T, dtype=out_dtype,",
-        "test_kernel_far_from_zero and float16",
+        "test_outputs_are_those_of_the_fake and add_layer_norm",
+        tests="tests/test_kernel_contract.py",
     ),
     layer_norm(
         "rounding: dw summed in 16 bits",

@@ -1,4 +1,4 @@
-"""Faults in the kernels that go through rows: LayerNorm, activations, linear, what they share."""
+"""Faults in the kernels that go through rows: LayerNorm, activations, linear."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ from mutant import Mutant
 LAYER_NORM = "tests/test_layer_norm.py"
 GELU = "tests/test_gelu.py"
 LINEAR = "tests/test_linear.py"
-DROPOUT = "tests/test_kernel_dropout.py"
 LAYOUTS = "tests/test_kernel_layouts.py"
 OVERFLOW = "tests/test_kernel_overflow.py"
 MEMORY = "tests/test_kernel_memory.py"
@@ -20,7 +19,6 @@ gelu = partial(Mutant, file="kernels/gelu.py", tests=GELU)
 gelu_op = partial(Mutant, file="bert_fast/ops/gelu.py", tests=GELU)
 linear = partial(Mutant, file="kernels/linear.py", tests=LINEAR)
 linear_op = partial(Mutant, file="bert_fast/ops/linear.py", tests=LINEAR)
-common = partial(Mutant, file="kernels/common.py", tests=GELU)
 
 LAYER_NORM_MUTANTS = [
     layer_norm(
@@ -74,25 +72,6 @@ LAYER_NORM_MUTANTS = [
         "key = tl.load(seed_ptr)",
         "test_kernel_mask",
         within=FORWARD,
-    ),
-    layer_norm(
-        "LayerNorm: what equals the threshold is dropped",
-        "bits >= threshold",
-        "bits > threshold",
-        "test_the_threshold_is_kept and add_layer_norm",
-        tests=DROPOUT,
-    ),
-    layer_norm(
-        "LayerNorm: every tile has the first one's mask",
-        "counters = rows.to(tl.int32)[:, None]",
-        "counters = tl.arange(0, ROWS)[:, None]",
-        "test_kernel_mask",
-    ),
-    layer_norm(
-        "LayerNorm: row and column swapped in the counters",
-        "common.dropout_bits(key, counters, groups, 0, 0,",
-        "common.dropout_bits(key, groups, counters, 0, 0,",
-        "test_kernel_mask",
     ),
     layer_norm(
         "LayerNorm: residual before dropout",
@@ -277,12 +256,6 @@ GELU_MUTANTS = [
 
 LINEAR_MUTANTS = [
     linear(
-        "linear: rows left over have no program",
-        "return each, max(1, triton.cdiv(T, each))",
-        "return each, max(1, T // each)",
-        "test_kernel_partial_sums",
-    ),
-    linear(
         "linear: every second tile of rows",
         "for first in range(begin, end, ROWS):",
         "for first in range(begin, end, 2 * ROWS):",
@@ -320,105 +293,4 @@ LINEAR_MUTANTS = [
     ),
 ]
 
-COMMON_MUTANTS = [
-    common(
-        "common: tanh form's constant",
-        "(x + 0.044715 * x * x * x)",
-        "(x + 0.04471 * x * x * x)",
-        "test_kernel_activations and float32 and plain",
-    ),
-    common(
-        "common: derivative of the tanh form's cube",
-        "(1 + 0.134145 * x * x)",
-        "(1 + 0.044715 * x * x)",
-        "test_kernel_activations and float32 and plain",
-    ),
-    common(
-        "common: derivative of gelu without the density",
-        " + x * density",
-        "",
-        "test_kernel_activations and float32 and plain",
-    ),
-    common(
-        "common: half of the density's exponent",
-        "tl.exp(-0.5 * x * x)",
-        "tl.exp(-x * x)",
-        "test_kernel_activations and float32 and plain",
-    ),
-    common(
-        "common: erf of x",
-        "y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))",
-        "y = 0.5 * x * (1 + tl.erf(x))",
-        "test_kernel_activations and float32 and plain",
-    ),
-    common(
-        "common: relu swallows NaN",
-        "y = tl.where(x < 0, 0.0, x)",
-        "y = tl.where(x > 0, x, 0.0)",
-        "test_kernel_special_values and relu",
-    ),
-    common(
-        "common: every second block of partial sums",
-        "for first in range(0, P, BLOCK_P):",
-        "for first in range(0, P, 2 * BLOCK_P):",
-        "test_kernel_partial_sums_of_more_rows",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: the last partial sum is lost",
-        "mask = (rows < P)[:, None]",
-        "mask = (rows < P - 1)[:, None]",
-        "test_kernel_partial_sums",
-    ),
-    common(
-        "common: the first of two sums twice",
-        "offs = (rows * S + which)[:, None] * N",
-        "offs = (rows * S)[:, None] * N",
-        "test_kernel_data and float32 and plain",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: high half-words first",
-        "tl.join(low, high)",
-        "tl.join(high, low)",
-        "test_kernel_mask",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: words of random bits in another order",
-        "low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))",
-        "low = tl.join(tl.join(w0 & 0xFFFF, w1 & 0xFFFF), tl.join(w2 & 0xFFFF, w3 & 0xFFFF))",
-        "test_kernel_mask",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: row and group swapped in the counters",
-        "tl.philox(key, row, group, c2, c3)",
-        "tl.philox(key, group, row, c2, c3)",
-        "test_kernel_mask",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: scaled by the share that is dropped",
-        "65536 / (65536 - threshold) if",
-        "65536 / threshold if",
-        "test_kernel_mask",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: threshold rounded down",
-        "threshold = round(p * 65536)",
-        "threshold = int(p * 65536)",
-        "test_kernel_mask",
-        tests=LAYER_NORM,
-    ),
-    common(
-        "common: nothing is refused",
-        "    if reasons:\n        raise NotImplementedError",
-        "    if reasons is None:\n        raise NotImplementedError",
-        "test_refused_sizes",
-        tests="tests/test_kernel_refusals.py",
-    ),
-]
-
-MUTANTS = [*LAYER_NORM_MUTANTS, *GELU_MUTANTS, *LINEAR_MUTANTS, *COMMON_MUTANTS]
+MUTANTS = [*LAYER_NORM_MUTANTS, *GELU_MUTANTS, *LINEAR_MUTANTS]

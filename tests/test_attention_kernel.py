@@ -20,7 +20,7 @@ from op_cases import (
     rows,
 )
 
-from bert_fast import ops
+from bert_fast import ops, reference
 from bert_fast.ops.work_list import TILE
 
 poison = op_cases.poison
@@ -185,6 +185,15 @@ def test_no_entry_is_without_a_program(lengths, kernel_device):
                 streamed = in_sequences if plan.flags["STREAM_ALL"] else long
                 assert plan.num_streamed >= streamed
                 assert plan.num_short >= count - streamed
+
+
+def test_the_log_sum_exp(form, kernel_device):
+    """The reference's, which either's backward may be given; 0 in rows of no sequence."""
+    case = attention_case((5, 0, 40, 130), K=16, slack=3).to(torch.float32, kernel_device)
+    args = case.inputs["qkv"], case.inputs["cu_seqlens"], 130, 0.0, None, 0
+    found = torch.ops.bert_fast.attention(*args)
+    torch.testing.assert_close(found, reference.attention(*args), rtol=1e-5, atol=1e-5)
+    assert not found[1][:, -3:].any()
 
 
 @pytest.fixture

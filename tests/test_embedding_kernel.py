@@ -67,6 +67,13 @@ def test_dropout(with_ids, p, dtype, kernel_device):
 
 
 @kernel_dtype
+def test_far_from_zero(dtype, kernel_device):
+    """A variance made of sums of squares would lose all its digits."""
+    case = embed_case(5, 768)
+    check(case.with_inputs(word=case.inputs["word"] + 1000).to(dtype, kernel_device))
+
+
+@kernel_dtype
 def test_eps(dtype, kernel_device):
     case = embed_case(9, 24, eps=1e-3)
     small = {name: 1e-2 * case.inputs[name] for name in TABLES}

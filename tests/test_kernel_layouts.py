@@ -23,6 +23,8 @@ from op_cases import assert_same_bits, gradients, random_gradient
 
 poison = op_cases.poison
 
+FULL = {"add_layer_norm": "add_layer_norm-bias"}  # the cases with every tensor there may be
+
 # --- layouts -------------------------------------------------------------------------------------
 
 
@@ -117,6 +119,14 @@ def test_layouts_of_the_gradient(name, layout, kernel_device):
     """Expanded too: what the backward of a sum gives."""
     case = KERNEL_CASES[name]().to(torch.float32, kernel_device)
     assert_layouts_do_not_show(name, case, {}, layout)
+
+
+@every_function
+@pytest.mark.parametrize("layout", ["every_second", *in_long("transposed", "rows_of_a_taller")])
+def test_layouts_of_all_inputs(name, layout, kernel_device):
+    case = KERNEL_CASES[FULL.get(name, name)]().to(torch.float32, kernel_device)
+    layouts = {n: layout for n, t in case.inputs.items() if t is not None}
+    assert_layouts_do_not_show(name, case, layouts, layout)
 
 
 @pytest.mark.long

@@ -163,6 +163,16 @@ def test_kernel_need(kernel_device):
         assert [bool(t.numel()) for t in found] == need
 
 
+def test_kernel_products_know_no_autocast(kernel_device):
+    """It casts what is given to a public function; within, dtypes are fixed."""
+    args = [torch.randn(shape, device=kernel_device) for shape in ((5, 3), (5, 4), (3, 4))]
+    expected = torch.ops.bert_fast.linear_bwd(*args, [True] * 3)
+    with torch.autocast(kernel_device, torch.bfloat16):
+        found = torch.ops.bert_fast.linear_bwd(*args, [True] * 3)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
 def test_implementations():
     """The products are PyTorch's; what names Triton has a kernel in it."""
     pytest.importorskip("triton")
