@@ -69,8 +69,12 @@ class Layout:
         index = torch.arange(self.num_tokens, device=self.cu_seqlens.device)
         if not self.packed:
             return index % self.shape[1] if self.shape[1] else index
-        starts, lengths = self.cu_seqlens[:-1], self.cu_seqlens.diff()
-        return index - starts.repeat_interleave(lengths, output_size=self.num_tokens)
+        if not self.num_sequences:
+            return index
+        # not repeat_interleave, which stops a GPU where the borders do not add up to T
+        ends = self.cu_seqlens[1:]
+        sequence = torch.searchsorted(ends, index, right=True).clamp(max=self.num_sequences - 1)
+        return index - self.cu_seqlens[sequence]
 
     def nonempty(self) -> Tensor | None:
         """Return (B,) bool, True where a sequence has a token; None when all have for certain."""
@@ -86,7 +90,7 @@ class Layout:
         if not torch.compiler.is_compiling() and not x.shape[0]:
             return x.new_zeros(self.num_sequences, x.shape[1])
         # an empty sequence at the end begins at T, past the last row
-        first = x.index_select(0, self.cu_seqlens[:-1].clamp(max=x.shape[0] - 1))
+        first = x.index_select(0, self.cu_seqlens[:-1].clamp(min=0, max=x.shape[0] - 1))
         return torch.where(nonempty[:, None], first, 0)
 
 

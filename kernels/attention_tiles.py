@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,7 +117,7 @@ class Plan:
     The entries of long sequences come first in the work list, then a sequence each, then the rows
     of no sequence. Where a dtype or head size has no kernel for short sequences (its rule is None),
     those stream too. Grids hold as many programs as there may be entries, for the host knows no
-    lengths, unless all are `max_len`; the surplus ends at once.
+    lengths; the surplus ends at once.
     """
 
     def __init__(
@@ -142,21 +143,17 @@ class Plan:
             **self.shape,
             "STREAM_ALL": self.rule(short) is None,
             "DROPOUT": self.dropout,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if tf32 and qkv.dtype == torch.float32 else "ieee",
         }
-        all_equal = self.B * max_len == self.T
-        if all_equal:
+        if self.B * max_len == self.T:  # all equal, or shorter
             most = self.B * triton.cdiv(max_len, tile)
         elif self.flags["STREAM_ALL"]:
             most = self.T // tile + min(self.B, self.T)
         else:
             most = self.T // tile + min(self.B, self.T // (tile + 1))
-        streams = self.flags["STREAM_ALL"] or max_len > tile
-        self.num_streamed = most if streams else 0
-        if all_equal and streams:  # no row is left
-            self.num_short = 0
-        else:
-            self.num_short = 1 if self.flags["STREAM_ALL"] else self.B + 1
+        self.num_streamed = most if self.flags["STREAM_ALL"] or max_len > tile else 0
+        # also where B max_len is T: the rows of no sequence may be what makes up the number
+        self.num_short = 1 if self.flags["STREAM_ALL"] else self.B + 1
 
     def rule(self, rules: Rules) -> Any:
         """Return the entry for the GPU, dtype and head size."""

@@ -5,6 +5,7 @@ stream. Sums over rows are a fixed number of partial sums, each over rows that f
 then `sum_partials` in their order: no atomics, so the same input gives the same bits.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,12 +117,14 @@ def _sum_partials_kernel(
 ):
     which = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # the rows are summed once, at the end: within the loop nothing crosses threads
+    sums = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
         rows = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         mask = (rows < P)[:, None] & (cols < N)[None, :]
         offs = (rows * S + which)[:, None] * N + cols[None, :]
-        total += tl.sum(tl.load(partials_ptr + offs, mask=mask, other=0.0), axis=0)
+        sums += tl.load(partials_ptr + offs, mask=mask, other=0.0)
+    total = tl.sum(sums, axis=0)
     out_ptrs = (out0_ptr, out1_ptr, out2_ptr)
     for s in tl.static_range(S):
         if which == s:
@@ -146,8 +149,8 @@ def sum_partials(partials: Tensor, outs: Sequence[Tensor]) -> None:
     """
     P, S, N = partials.shape
     out_ptrs = [*outs, *[outs[0]] * (3 - S)]
-    grid = triton.cdiv(N, 64), S
-    launch(_sum_partials_kernel, grid, partials, *out_ptrs, P, N, S, BLOCK_P=32, BLOCK_N=64)
+    grid = triton.cdiv(N, 32), S
+    launch(_sum_partials_kernel, grid, partials, *out_ptrs, P, N, S, BLOCK_P=128, BLOCK_N=32)
 
 
 # --- launching -----------------------------------------------------------------------------------
@@ -174,9 +177,12 @@ def aligned(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def generation(t: Tensor) -> int:
     """Return 10 x the compute capability of the tensor's GPU; without one (the interpreter) 90."""
-    if not t.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(t.device)
+    return _generation_of(t.device) if t.is_cuda else 90
+
+
+@functools.cache
+def _generation_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

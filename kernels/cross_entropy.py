@@ -55,7 +55,7 @@ def _row_loss_kernel(
     largest = tl.full((BLOCK_V,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_V,), dtype=tl.float32)
     end = tl.where(label == IGNORE, 0, S)  # a row without label is not read
-    for first in range(0, end, BLOCK_V):
+    for first in tl.range(0, end, BLOCK_V, num_stages=3):
         cols = first + tl.arange(0, BLOCK_V)
         s = tl.load(logits_ptr + cols, mask=cols < S, other=float("-inf")).to(tl.float32)
         e = tl.exp(-tl.abs(s - largest))  # one exponential: of the smaller beside the larger

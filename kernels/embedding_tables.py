@@ -43,7 +43,7 @@ def _is_wanted(row, num_rows, pad_id):
 @triton.jit(do_not_specialize=["T", "num_rows", "pad_id"])
 def _sum_runs_kernel(
     dz_ptr,  # (T, D) fp32
-    ids_ptr,  # (T,) int32 or int64, sorted
+    ids_ptr,  # (T,) int16 or int32, sorted
     order_ptr,  # (T,) int64: the token of each
     grad_ptr,  # (num_rows, D)
     partials_ptr,  # (chunks, 2, D) fp32: of a run begun earlier, and of one that goes on
@@ -98,7 +98,7 @@ def _sum_runs_kernel(
 
 @triton.jit(do_not_specialize=["chunks", "num_rows", "pad_id"])
 def _join_runs_kernel(
-    ids_ptr,  # (T,) int32 or int64, sorted
+    ids_ptr,  # (T,) int16 or int32, sorted
     grad_ptr,  # (num_rows, D)
     partials_ptr,  # (chunks, 2, D) fp32
     chunks,
@@ -168,7 +168,9 @@ def table_gradient(dz: Tensor, ids: Tensor, table: Tensor, pad_id: int) -> Tenso
     T, D = dz.shape
     if T == 0:
         return grad
-    ids, order = torch.sort(ids, stable=True)
+    # a radix sort reads as many bits as a key has; what is outside the table stays outside
+    narrow = torch.int16 if table.shape[0] < 2**15 - 1 else torch.int32
+    ids, order = torch.sort(ids.clamp(-1, table.shape[0]).to(narrow), stable=True)
     chunk, rows = _chunk(table)
     chunks = triton.cdiv(T, chunk)
     partials = torch.empty(chunks, 2, D, dtype=torch.float32, device=dz.device)

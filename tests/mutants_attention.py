@@ -251,8 +251,8 @@ MUTANTS = [
     ),
     tiles(
         "attention: lengths that may be equal are",
-        "all_equal = self.B * max_len == self.T",
-        "all_equal = self.B * max_len >= self.T",
+        "if self.B * max_len == self.T:",
+        "if self.B * max_len >= self.T // 2:",
         "test_formula and rules and 33 and float32",
     ),
     tiles(

@@ -70,13 +70,13 @@ MUTANTS = [
     ),
     attention_tiles(
         "rounding: TF32 unasked",
-        '"tf32" if tf32 else "ieee"',
+        '"tf32" if tf32 and qkv.dtype == torch.float32 else "ieee"',
         '"tf32"',
         "test_tf32_is_as_pytorch_has_it",
     ),
     attention_tiles(
         "rounding: TF32 asked for in vain",
-        '"tf32" if tf32 else "ieee"',
+        '"tf32" if tf32 and qkv.dtype == torch.float32 else "ieee"',
         '"ieee"',
         "test_tf32_is_as_pytorch_has_it",
     ),

@@ -1,8 +1,8 @@
 """The ops in torch.nn.functional, and dropout's factors in numpy: nothing of bert_fast.
 
-`stores` is the dtype in which the contract keeps outputs, the saved z of a LayerNorm, the saved h of
-linear_gelu, the logits, the saved O and the matrix operands P and dS of attention; None: nothing is
-kept, gradients are autograd's. `factors` is what dropout multiplies by.
+`stores` is the dtype in which the contract keeps outputs, the saved z of a LayerNorm, the saved h
+of linear_gelu, the logits, the saved O and the matrix operands P and dS of attention; None: nothing
+is kept, gradients are autograd's. `factors` is what dropout multiplies by.
 """
 
 from itertools import pairwise

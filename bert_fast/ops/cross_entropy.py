@@ -48,7 +48,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         grads = zip(ctx.saved_tensors, need, strict=True)
         # in the loss's dtype: its gradient need not fit into 16 bits (a mean, a loss scale)
-        return *((g * d_loss.expand_as(g)).to(g.dtype) if n else None for g, n in grads), None
+        return *(_scaled(g, d_loss) if n else None for g, n in grads), None
+
+
+def _scaled(g: Tensor, d_loss: Tensor) -> Tensor:
+    """Return g d_loss in the dtype of g, the product itself in the wider of both."""
+    return torch.mul(g, d_loss.expand_as(g), out=torch.empty_like(g))
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
