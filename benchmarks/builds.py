@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from record import ROOT, Run, clean
 
-_ENOUGH_ROOM = 8  # processes at most: each holds a context on the GPU
+_ENOUGH_ROOM = 14  # processes at most: each holds a context on the GPU
 
 
 def everything(run: Run, device: torch.device) -> None:
@@ -38,19 +38,19 @@ def everything(run: Run, device: torch.device) -> None:
 
 
 def compile_kernels(device: torch.device) -> dict[str, Any]:
-    """Run every op that has a Triton kernel once, in parallel, so that Triton's cache holds it."""
+    """Run what the stages will, once and in parallel, so that Triton's cache holds the kernels."""
     if device.type != "cuda":
         return {"compiled": [], "why": "no GPU: kernels are compiled for the one that runs them"}
-    names = triton_cases()
-    if not names:
+    calls = triton_calls()
+    if not calls:
         return {"compiled": [], "why": "no op has a Triton kernel"}
     start = time.monotonic()
-    workers = min(len(names), os.cpu_count() or 1, _ENOUGH_ROOM)
+    workers = min(len(calls), os.cpu_count() or 1, _ENOUGH_ROOM)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        said = {name: pool.submit(first_call, name) for name in names}
-    said = {name: _outcome(future) for name, future in said.items()}
-    failed = {name: why for name, why in said.items() if why}
-    compiled = [name for name in names if name not in failed]
+        said = {", ".join(call): pool.submit(first_call, *call) for call in calls}
+    said = {call: _outcome(future) for call, future in said.items()}
+    failed = {call: why for call, why in said.items() if why}
+    compiled = [call for call in said if call not in failed]
     return {"compiled": compiled, "failed": failed, "seconds": time.monotonic() - start}
 
 
@@ -62,25 +62,32 @@ def _outcome(future: Future[str]) -> str:
         return clean(f"{type(error).__name__}: {error}")
 
 
-def triton_cases() -> list[str]:
-    """Return the op rows that a Triton kernel serves on CUDA."""
+def triton_calls() -> list[tuple[str, str, str]]:
+    """Return (row, dtype, size) of calls that want all kernels of the smoke and ops stages.
+
+    Of rows that make the same call with other lengths the last is enough.
+    """
     import ops
+    from op_rows import DTYPES
 
     from bert_fast.ops import implementations
 
     served = {
         op for op, by_device in implementations().items() if by_device["cuda"].name == "triton"
     }
-    return [name for name in ops.names() if ops.ROWS[name].op in served]
+    rows = [(name, row) for name, row in ops.ROWS.items() if row.op in served]
+    names = {(row.op, row.p, row.call): name for name, row in rows}.values()
+    odd = [(name, str(dtype)[6:], "odd") for name in names for dtype in DTYPES]
+    return [*((name, "bfloat16", "full") for name in names), *odd]
 
 
-def first_call(name: str) -> str:
+def first_call(name: str, dtype: str, size: str) -> str:
     """Run an op row once on CUDA; return what went wrong."""
     import checkout  # noqa: F401
     import ops
 
     try:
-        case, candidates = ops.case(name, torch.device("cuda"), torch.bfloat16, "full")
+        case, candidates = ops.case(name, torch.device("cuda"), getattr(torch, dtype), size)
         ours = next(c for c in candidates if c.name == "bert_fast")
         ours.prepare().run(case.inputs[0])
         torch.cuda.synchronize()

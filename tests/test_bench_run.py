@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import builds
-import ops
 import proof
 import pytest
 import run
@@ -142,11 +141,16 @@ def test_rows_that_a_kernel_serves(monkeypatch):
         }
         table = {op: {"cuda": SimpleNamespace(name=name)} for op, name in by.items()}
         monkeypatch.setattr(bert_fast.ops, "implementations", lambda: table)
-        return builds.triton_cases()
+        return builds.triton_calls()
 
     assert served() == []
-    assert served("embed") == ["embed"]
-    assert served("attention") == [name for name in ops.names() if name.startswith("attention ")]
+    dtypes = "float32", "bfloat16", "float16"
+    assert served("embed") == [
+        ("embed", "bfloat16", "full"),
+        *(("embed", dtype, "odd") for dtype in dtypes),
+    ]
+    full = [name for name, _, size in served("attention") if size == "full"]
+    assert full == ["attention mixed", "attention s512 dropout"]
 
 
 def test_kernels_that_do_not_compile_are_named(monkeypatch):
@@ -161,7 +165,7 @@ def test_kernels_that_do_not_compile_are_named(monkeypatch):
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda self, *_: None  # noqa: E731
 
-        def submit(self, call, name):
+        def submit(self, call, name, dtype, size):
             future = Future()
             if name == "dies":
                 future.set_exception(BrokenProcessPool("terminated abruptly"))
@@ -170,12 +174,13 @@ def test_kernels_that_do_not_compile_are_named(monkeypatch):
             return future
 
     monkeypatch.setattr(builds, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(builds, "triton_cases", lambda: ["fine", "wrong", "dies"])
+    calls = [(name, "float16", "odd") for name in ("fine", "wrong", "dies")]
+    monkeypatch.setattr(builds, "triton_calls", lambda: calls)
     found = builds.compile_kernels(torch.device("cuda"))
-    assert found["compiled"] == ["fine"]
+    assert found["compiled"] == ["fine, float16, odd"]
     assert found["failed"] == {
-        "wrong": "CompilationError: no",
-        "dies": "BrokenProcessPool: terminated abruptly",
+        "wrong, float16, odd": "CompilationError: no",
+        "dies, float16, odd": "BrokenProcessPool: terminated abruptly",
     }
 
 
