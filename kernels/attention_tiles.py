@@ -145,15 +145,14 @@ class Plan:
             "DROPOUT": self.dropout,
             "PRECISION": "tf32" if tf32 and qkv.dtype == torch.float32 else "ieee",
         }
-        if self.B * max_len == self.T:  # all equal, or shorter
-            most = self.B * triton.cdiv(max_len, tile)
-        elif self.flags["STREAM_ALL"]:
-            most = self.T // tile + min(self.B, self.T)
-        else:
-            most = self.T // tile + min(self.B, self.T // (tile + 1))
-        self.num_streamed = most if self.flags["STREAM_ALL"] or max_len > tile else 0
-        # also where B max_len is T: the rows of no sequence may be what makes up the number
-        self.num_short = 1 if self.flags["STREAM_ALL"] else self.B + 1
+        if self.flags["STREAM_ALL"]:
+            streamed, self.num_short = min(self.B, self.T), 1
+        else:  # those of tile + 1 rows and more
+            streamed = min(self.B, self.T // (tile + 1)) if max_len > tile else 0
+            self.num_short = self.B + 1
+        # a sequence has no more tiles than max_len has, and one more than its rows fill
+        by_length = streamed * triton.cdiv(max_len, tile)
+        self.num_streamed = min(by_length, self.T // tile + streamed)
 
     def rule(self, rules: Rules) -> Any:
         """Return the entry for the GPU, dtype and head size."""
