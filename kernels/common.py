@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_COLUMNS = 8192  # of a row that is held in registers
 NUM_PARTIALS = 256  # partial sums of a sum over rows: two for each multiprocessor of an H200
 
 # --- dropout -------------------------------------------------------------------------------------
@@ -98,6 +99,53 @@ def activate_derivative(x, ACTIVATION: tl.constexpr):
         # sigmoid(-u) for 1 - s, whose digits would be lost where s is near 1
         d = s + x * s * tl.sigmoid(-u) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     return d
+
+
+# --- LayerNorm of rows ---------------------------------------------------------------------------
+
+
+@triton.jit
+def normalise(
+    z,  # (ROWS, BLOCK_D) fp32, 0 past the row's D columns
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return x_hat = (z - mean) * rstd (ROWS, BLOCK_D), 0 past D, and mean and rstd (ROWS,)."""
+    in_row = (tl.arange(0, BLOCK_D) < D)[None, :]
+    mean = tl.sum(z, axis=1) / D
+    centred = tl.where(in_row, z - mean[:, None], 0.0)  # columns past D hold -mean otherwise
+    # what the rounding of a large mean left in the row: a whole ulp of 1000 shows in x_hat
+    rest = tl.sum(centred, axis=1) / D
+    centred = tl.where(in_row, centred - rest[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    return centred * rstd[:, None], mean + rest, rstd
+
+
+@triton.jit
+def normalise_bwd(
+    g,  # (ROWS, BLOCK_D) fp32, the gradient of x_hat, 0 past the row's D columns
+    x_hat,  # (ROWS, BLOCK_D) fp32, finite past D
+    rstd,  # (ROWS, 1) fp32
+    D: tl.constexpr,
+):
+    """Return the gradient of `normalise`'s z: rstd * (g - mean(g) - x_hat * mean(g * x_hat))."""
+    g_mean = (tl.sum(g, axis=1) / D)[:, None]
+    gx_mean = (tl.sum(g * x_hat, axis=1) / D)[:, None]
+    return rstd * (g - g_mean - x_hat * gx_mean)
+
+
+def row_tile(op: str, D: int, **tensors: Tensor | None) -> int:
+    """Return the columns of a tile that holds rows of D, at least one Philox call's.
+
+    Raises:
+        NotImplementedError: D, or the dtype of one of the tensors, is not supported.
+    """
+    reasons = unsupported_dtypes(**tensors)
+    if not 1 <= D <= MOST_COLUMNS:
+        reasons.append(f"D: want 1 to {MOST_COLUMNS} on a GPU, got {D}")
+    unsupported(op, reasons)
+    return max(8, triton.next_power_of_2(D))
 
 
 # --- sums over rows ------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ from torch import Tensor
 from bert_fast.kernels import common
 from bert_fast.kernels.embedding_tables import table_gradient
 
-MOST_COLUMNS = 8192  # a row is held in registers
-
 # --- device functions ----------------------------------------------------------------------------
 
 
@@ -90,18 +88,13 @@ def _embed_fwd_kernel(
     z = tl.where(known[:, None], z, float("nan"))
     tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
 
-    mean = tl.sum(tl.where(in_row, z, 0.0), axis=1) / D
-    centred = tl.where(in_row, z - mean[:, None], 0.0)
-    rest = tl.sum(centred, axis=1) / D  # what the rounding of a large mean left in the row
-    mean += rest
-    centred = tl.where(in_row, centred - rest[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    x_hat, mean, rstd = common.normalise(z, eps, D, BLOCK_D)
     tl.store(mean_ptr + rows, mean, mask=here)
     tl.store(rstd_ptr + rows, rstd, mask=here)
 
     w = tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * w + b
+    y = x_hat * w + b
     if seed_ptr is not None:
         key = tl.load(seed_ptr) + site
         y *= common.row_dropout(rows, key, threshold, factor, ROWS, BLOCK_D)
@@ -170,10 +163,7 @@ def _embed_bwd_kernel(
         if seed_ptr is not None:
             dy *= common.row_dropout(rows, key, threshold, factor, ROWS, BLOCK_D)
         x_hat = tl.where(known, (z - mean) * rstd, 0.0)
-        g = dy * w
-        g_mean = (tl.sum(g, axis=1) / D)[:, None]
-        gx_mean = (tl.sum(g * x_hat, axis=1) / D)[:, None]
-        dz = tl.where(known, rstd * (g - g_mean - x_hat * gx_mean), 0.0)
+        dz = tl.where(known, common.normalise_bwd(dy * w, x_hat, rstd, D), 0.0)
         tl.store(dz_ptr + offs, dz, mask=mask)
         if dword_ptr is not None:
             tl.store(dword_ptr + offs, dz.to(dword_ptr.dtype.element_ty), mask=mask)
@@ -214,15 +204,6 @@ BWD_TILES = {
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def _check(op: str, D: int, **tensors: Tensor | None) -> int:
-    """Return the columns of a tile, or refuse what the kernels cannot take."""
-    reasons = common.unsupported_dtypes(**tensors)
-    if not 1 <= D <= MOST_COLUMNS:
-        reasons.append(f"D: want 1 to {MOST_COLUMNS} on a GPU, got {D}")
-    common.unsupported(op, reasons)
-    return max(8, triton.next_power_of_2(D))  # 8: one call of Philox
-
-
 def embed_fwd(
     input_ids: Tensor | None,
     position_ids: Tensor,
@@ -259,7 +240,7 @@ def embed_fwd(
         NotImplementedError: a dtype or D is not supported.
     """
     T, D = position_ids.shape[0], word.shape[1]
-    block_d = _check("embed", D, word=word, position=position, type_=type_, w=w, b=b)
+    block_d = common.row_tile("embed", D, word=word, position=position, type_=type_, w=w, b=b)
     word, position, type_, w, b = common.aligned(word, position, type_, w, b)
     drops, threshold, factor = common.dropout_args(p, seed)
     y, z = (torch.empty(T, D, dtype=out_dtype, device=word.device) for _ in range(2))
@@ -320,7 +301,7 @@ def embed_bwd(
     """
     T, D = z.shape
     tables = {"word": word, "position": position, "type_": type_}
-    block_d = _check("embed_bwd", D, dy=dy, z=z, w=w, **tables)
+    block_d = common.row_tile("embed_bwd", D, dy=dy, z=z, w=w, **tables)
     dy, z, w = common.aligned(dy, z, w)
     drops, threshold, factor = common.dropout_args(p, seed)
     rows, warps, stages = common.by_generation(BWD_TILES, word)[block_d]

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from bert_fast.kernels import common
 
-MOST_COLUMNS = 8192  # a row is held in registers
-
 # --- kernels -------------------------------------------------------------------------------------
 
 
@@ -69,19 +67,13 @@ def _add_layer_norm_fwd_kernel(
     if z_ptr is not None:
         tl.store(z_ptr + offs, z, mask=mask)
 
-    mean = tl.sum(z, axis=1) / D
-    centred = tl.where(in_row, z - mean[:, None], 0.0)  # columns past D hold -mean otherwise
-    # what the rounding of a large mean left in the row: a whole ulp of 1000 shows in y
-    rest = tl.sum(centred, axis=1) / D
-    mean += rest
-    centred = tl.where(in_row, centred - rest[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    x_hat, mean, rstd = common.normalise(z, eps, D, BLOCK_D)
     tl.store(mean_ptr + rows, mean, mask=rows < T)
     tl.store(rstd_ptr + rows, rstd, mask=rows < T)
 
     w = tl.load(w_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     b = tl.load(b_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs, centred * rstd[:, None] * w + b, mask=mask)
+    tl.store(y_ptr + offs, x_hat * w + b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "rows_per_program", "site", "threshold", "factor"])
@@ -131,10 +123,7 @@ def _add_layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=here, other=0.0)[:, None]
 
         x_hat = (z - mean) * rstd  # past D it is no number of the row, but dy and g are 0 there
-        g = dy * w
-        g_mean = (tl.sum(g, axis=1) / D)[:, None]
-        gx_mean = (tl.sum(g * x_hat, axis=1) / D)[:, None]
-        dz = rstd * (g - g_mean - x_hat * gx_mean)
+        dz = common.normalise_bwd(dy * w, x_hat, rstd, D)
         tl.store(dz_ptr + offs, dz, mask=mask)
         dw += dy * x_hat
         db += dy
@@ -188,19 +177,6 @@ BWD_TILES = {
 }
 
 
-def _tile(tiles: dict[int, dict[int, tuple[int, ...]]], x: Tensor) -> tuple[int, ...]:
-    """Return the columns of a tile for rows x (T, D) and the entry of the table for them."""
-    block_d = max(8, triton.next_power_of_2(x.shape[1]))
-    return block_d, *common.by_generation(tiles, x)[block_d]
-
-
-def _unsupported(op: str, D: int, **tensors: Tensor | None) -> None:
-    reasons = common.unsupported_dtypes(**tensors)
-    if not 1 <= D <= MOST_COLUMNS:
-        reasons.append(f"D: want 1 to {MOST_COLUMNS} on a GPU, got {D}")
-    common.unsupported(op, reasons)
-
-
 # --- launchers -----------------------------------------------------------------------------------
 
 
@@ -234,14 +210,14 @@ def add_layer_norm_fwd(
         NotImplementedError: a dtype or D is not supported.
     """
     T, D = x.shape
-    _unsupported("add_layer_norm", D, x=x, bias=bias, residual=residual, w=w, b=b)
+    block_d = common.row_tile("add_layer_norm", D, x=x, bias=bias, residual=residual, w=w, b=b)
     x, bias, residual, w, b = common.aligned(x, bias, residual, w, b)
     drops, threshold, factor = common.dropout_args(p, seed)
     is_x = bias is None and residual is None and (seed is None or p == 0)
     y = torch.empty_like(x, dtype=out_dtype)
     z = torch.empty(0 if is_x else x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
-    block_d, rows, warps = _tile(FWD_TILES, x)
+    rows, warps = common.by_generation(FWD_TILES, x)[block_d]
     common.launch(
         _add_layer_norm_fwd_kernel,
         (triton.cdiv(T, rows),),
@@ -286,7 +262,7 @@ def add_layer_norm_bwd(
         NotImplementedError: a dtype or D is not supported.
     """
     T, D = z.shape
-    _unsupported("add_layer_norm_bwd", D, dy=dy, z=z, w=w)
+    block_d = common.row_tile("add_layer_norm_bwd", D, dy=dy, z=z, w=w)
     dy, z, w = common.aligned(dy, z, w)
     drops, threshold, factor = common.dropout_args(p, seed)
     is_dz = (seed is None or p == 0) and x_dtype == z.dtype
@@ -295,7 +271,7 @@ def add_layer_norm_bwd(
     dw, db = torch.empty_like(w), torch.empty_like(w)
     dbias_dtype = torch.promote_types(x_dtype, w.dtype)
     dbias = torch.empty(D if with_bias else 0, dtype=dbias_dtype, device=w.device)
-    block_d, rows, warps, stages = _tile(BWD_TILES, z)
+    rows, warps, stages = common.by_generation(BWD_TILES, z)[block_d]
     sums = [dw, db, dbias] if with_bias else [dw, db]
     rows_per_program, programs = common.split_rows(T, rows)
     partials = torch.empty(programs, len(sums), D, dtype=torch.float32, device=z.device)

@@ -11,6 +11,7 @@ OVERFLOW = "tests/test_kernel_overflow.py"
 PLAIN = "test_formula and ids and float32 and 17"
 
 embedding = partial(Mutant, file="kernels/embedding.py", tests=EMBEDDING)
+embedding_rows = partial(Mutant, file="kernels/common.py", tests=EMBEDDING)
 tables = partial(Mutant, file="kernels/embedding_tables.py", tests=EMBEDDING)
 embedding_op = partial(Mutant, file="bert_fast/ops/embedding.py", tests=EMBEDDING)
 cross_entropy = partial(Mutant, file="kernels/cross_entropy.py", tests=CROSS_ENTROPY)
@@ -47,25 +48,25 @@ EMBEDDING_MUTANTS = [
         "z = tl.where(known[:, None], z, 0.0)",
         "test_ids_out_of_range",
     ),
-    embedding(
+    embedding_rows(
         "embedding: variance over the tile's columns",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / BLOCK_D + eps)",
         "test_data and float32",
     ),
-    embedding(
+    embedding_rows(
         "embedding: variance as a difference of squares",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
         "rstd = tl.rsqrt(tl.sum(tl.where(in_row, z * z, 0.0), axis=1) / D - mean * mean + eps)",
         "test_far_from_zero and float32",
     ),
-    embedding(
+    embedding_rows(
         "embedding: columns past the end hold minus the mean",
         "centred = tl.where(in_row, z - mean[:, None], 0.0)",
         "centred = z - mean[:, None]",
         "test_data and float32",
     ),
-    embedding(
+    embedding_rows(
         "embedding: eps outside the root",
         "/ D + eps)",
         "/ D) + eps",

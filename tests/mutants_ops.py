@@ -86,7 +86,7 @@ MUTANTS = [
         "if not 1 <= D <= MOST_COLUMNS:",
         "if not 1 <= D:",
         "test_refused_sizes and embed",
-        file="kernels/embedding.py",
+        file="kernels/common.py",
         tests=REFUSALS,
     ),
     Mutant(

@@ -10,6 +10,7 @@ CROSS_ENTROPY = "tests/test_cross_entropy_kernel.py"
 EMBEDDING = "tests/test_embedding_kernel.py"
 
 layer_norm = partial(Mutant, file="kernels/layer_norm.py", tests=LAYER_NORM)
+layer_norm_rows = partial(Mutant, file="kernels/common.py", tests=LAYER_NORM)
 attention = partial(Mutant, file="kernels/attention.py", tests=ATTENTION)
 attention_tiles = partial(Mutant, file="kernels/attention_tiles.py", tests=ATTENTION)
 attention_bwd = partial(Mutant, file="kernels/attention_bwd.py", tests=ATTENTION)
@@ -36,13 +37,13 @@ MUTANTS = [
         "*(T, max(eps, 1e-5), site, threshold, factor)",
         "test_kernel_eps and float32",
     ),
-    layer_norm(
+    layer_norm_rows(
         "rounding: variance over D - 1",
         "axis=1) / D + eps)",
         "axis=1) / max(D - 1, 1) + eps)",
         "test_kernel_data and float32",
     ),
-    layer_norm(
+    layer_norm_rows(
         "rounding: variance as a difference of squares",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
         "rstd = tl.rsqrt(tl.sum(z * z, axis=1) / D - mean * mean + eps)",

@@ -14,6 +14,7 @@ FORWARD = "_add_layer_norm_fwd_kernel"
 BACKWARD = "_add_layer_norm_bwd_kernel"
 
 layer_norm = partial(Mutant, file="kernels/layer_norm.py", tests=LAYER_NORM)
+layer_norm_rows = partial(Mutant, file="kernels/common.py", tests=LAYER_NORM)
 layer_norm_op = partial(Mutant, file="bert_fast/ops/layer_norm.py", tests=LAYER_NORM)
 gelu = partial(Mutant, file="kernels/gelu.py", tests=GELU)
 gelu_op = partial(Mutant, file="bert_fast/ops/gelu.py", tests=GELU)
@@ -21,25 +22,25 @@ linear = partial(Mutant, file="kernels/linear.py", tests=LINEAR)
 linear_op = partial(Mutant, file="bert_fast/ops/linear.py", tests=LINEAR)
 
 LAYER_NORM_MUTANTS = [
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm: variance over the tile's columns",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)",
         "rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / BLOCK_D + eps)",
         "test_kernel_data and float32 and plain",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm: eps outside the root",
         "axis=1) / D + eps)",
         "axis=1) / D) + eps",
         "test_kernel_eps and float32",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm: columns past the end hold minus the mean",
         "centred = tl.where(in_row, z - mean[:, None], 0.0)",
         "centred = z - mean[:, None]",
         "test_kernel_data and float32 and plain",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm: the rounding of a large mean stays in the row",
         "rest = tl.sum(centred, axis=1) / D",
         "rest = 0.0 * mean",
@@ -98,19 +99,19 @@ LAYER_NORM_MUTANTS = [
         "is_x = residual is None and",
         "test_kernel_forms and float32 and True and False",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm backward: mean of g missing",
         "rstd * (g - g_mean - x_hat * gx_mean)",
         "rstd * (g - x_hat * gx_mean)",
         "test_kernel_data and float32 and plain",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm backward: mean of g x_hat missing",
         "rstd * (g - g_mean - x_hat * gx_mean)",
         "rstd * (g - g_mean)",
         "test_kernel_data and float32 and plain",
     ),
-    layer_norm(
+    layer_norm_rows(
         "LayerNorm backward: mean of g over the tile's columns",
         "g_mean = (tl.sum(g, axis=1) / D)[:, None]",
         "g_mean = (tl.sum(g, axis=1) / BLOCK_D)[:, None]",
