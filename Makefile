@@ -20,7 +20,6 @@ AS_IS := $(shell test ! -e $(BIN) && $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && 
 MEASURE := $(if $(AS_IS),$(PYTHON),$(BIN)/python) benchmarks/run.py
 READY := $(if $(AS_IS),,.venv/.extension)
 OUT ?= build/benchmarks
-PARALLEL := -n auto --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 EXTENSION := .venv/.extension
@@ -40,10 +39,10 @@ help:  ## this list
 	@echo 'The first one that needs .venv makes it; `make -n test` shows how.'
 
 test: $(EXTENSION)  ## run the tests, a process for each core
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: $(EXTENSION)  ## run the tests with full counts, which `make test` leaves out
-	$(BIN)/python -m pytest $(PARALLEL) -m long
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m long
 
 aot-table: $(INSTALLED)  ## compile every kernel for every GPU, write tests/aot_table.json
 	$(BIN)/python tests/aot_runs.py
