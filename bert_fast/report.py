@@ -15,7 +15,8 @@ class OpReport:
 
     Attributes:
         op: its name in torch.ops.bert_fast.
-        implementation: "triton", "cublas", "csrc" or "reference" (eager PyTorch).
+        implementation: "triton", "cublas", "csrc", "pytorch" (its fused operators) or "reference"
+            (eager PyTorch).
         reason: why nothing faster serves it; empty if this is the fastest there is.
     """
 

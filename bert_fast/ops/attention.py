@@ -66,12 +66,38 @@ def _bwd_cuda(
     return attention_bwd.attention_bwd(do, qkv, o, lse, *layout, p, seed, site, _tf32())
 
 
+def _fwd_cpu(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    work: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention, a sequence at a time, so that none sees its batch.
+
+    Its dropout has no mask of ours: with dropout the reference computes.
+    """
+    if seed is not None and p > 0:
+        return reference.attention(qkv, cu_seqlens, max_len, p, seed, site, work)
+    o, lse = _fwd_fake(qkv, cu_seqlens, max_len, p, seed, site)
+    ends = 0
+    for _, first, last in reference.sequences(cu_seqlens):
+        q, k, v = qkv[first:last].permute(1, 2, 0, 3).unsqueeze(1)  # each (1, H, n, K)
+        o_part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        o[first:last], lse[:, first:last], ends = o_part[0].transpose(0, 1), lse_part[0], last
+    o[ends:], lse[:, ends:] = 0, 0  # rows of no sequence
+    return o, lse
+
+
 _fwd = registry.register(
     "attention(Tensor qkv, Tensor cu_seqlens, SymInt max_len, float p, Tensor? seed, int site,"
     " Tensor? work=None) -> (Tensor o, Tensor lse)",
     reference=reference.attention,
     fake=_fwd_fake,
     cuda=_fwd_cuda,
+    cpu=_fwd_cpu,
 )
 _bwd = registry.register(
     "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens,"

@@ -21,7 +21,7 @@ class Implementation(NamedTuple):
     """What serves an op on a kind of device.
 
     Attributes:
-        name: "triton", "cublas", "csrc" or "reference".
+        name: "triton", "cublas", "csrc", "pytorch" (its fused operators) or "reference" (eager).
         reason: why nothing faster does; empty if this is the fastest there is.
     """
 
@@ -69,16 +69,18 @@ def register(
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     by: str = "triton",
+    cpu: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define an operator of the namespace bert_fast and return it.
 
     Args:
         schema: "name(Tensor x, ...) -> ...".
-        reference: the eager implementation: on the CPU unless csrc has one, and on CUDA where
+        reference: the eager implementation: on the CPU where nothing else is, and on CUDA where
             there is no Triton.
         fake: makes outputs of the right shape, dtype and device, for tracing.
         cuda: the implementation for a GPU, which imports kernels when called; None: none.
         by: what `cuda` is made of: "triton", or "cublas" where PyTorch's product is all of it.
+        cpu: the implementation for the CPU by fused operators of PyTorch, unless csrc has one.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -96,8 +98,9 @@ def register(
     if name in _compiled:
         on_cpu = Implementation("csrc", "")
     else:
-        _lib.impl(name, eager, "CPU")
-        on_cpu = Implementation("reference", _no_extension or "csrc has no implementation of it")
+        _lib.impl(name, eager if cpu is None else _without_autocast(cpu), "CPU")
+        served = "reference" if cpu is None else "pytorch"
+        on_cpu = Implementation(served, _no_extension or "csrc has no implementation of it")
     _implementations[name] = {"cpu": on_cpu, "cuda": on_cuda}
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
     return getattr(torch.ops.bert_fast, name).default
