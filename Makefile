@@ -42,7 +42,7 @@ test: $(EXTENSION)  ## run the tests, a process for each core
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: $(EXTENSION)  ## run the tests with full counts, which `make test` leaves out
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m long
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 aot-table: $(INSTALLED)  ## compile every kernel for every GPU, write tests/aot_table.json
 	$(BIN)/python tests/aot_runs.py

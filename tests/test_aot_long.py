@@ -10,8 +10,7 @@ from pathlib import Path
 import aot_runs
 import pytest
 
-# in one process: the kernels are compiled once
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("aot")]
+pytestmark = pytest.mark.long
 ARCHS = aot_runs.ARCHS
 
 
