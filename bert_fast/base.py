@@ -38,7 +38,8 @@ class BertBase(nn.Module):
         """Initialise the parameters and tie those that are one; ends each model's __init__."""
         with torch.no_grad():
             for module, name, parameter in own_parameters(self):
-                self.init_parameter(module, name, parameter)
+                if not parameter.is_meta:  # from_pretrained fills those
+                    self.init_parameter(module, name, parameter)
         self.tie_weights()
 
     def init_parameter(self, module: nn.Module, name: str, parameter: Tensor) -> None:

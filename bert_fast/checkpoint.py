@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.config import CONFIG_FILE, BertConfig, read_config
+from bert_fast.config import CONFIG_FILE, CONFIG_FILES, BertConfig, read_config
 from bert_fast.files import (
     CODE_OF,
     CODES,
     find_directory,
     plain_file,
     read_json,
-    read_pickled,
-    read_safetensors,
     safetensors_chunks,
     staged,
 )
+from bert_fast.names import bare, is_buffer
+from bert_fast.weights import BUNDLE, PICKLED, SAFETENSORS, read_weights, some
 
 MANIFEST = "bert_fast.json"
 FORMAT_VERSION = 1
 
-# The table of names. A name in a file becomes Hugging Face's present one by the first rule that
-# fits it; one that fits DROPPED is no weight. `bert.` in front may be there or not.
-RENAMED = (
-    (re.compile(r"(.*\bLayerNorm)\.gamma"), r"\1.weight"),
-    (re.compile(r"(.*\bLayerNorm)\.beta"), r"\1.bias"),
-)
-DROPPED = re.compile(r"(bert\.)?embeddings\.(position_ids|token_type_ids)")
 _ROWS = {  # of this tensor are given by the configuration's field
     "embeddings.word_embeddings.weight": "vocab_size",
     "embeddings.position_embeddings.weight": "max_position_embeddings",
     "embeddings.token_type_embeddings.weight": "type_vocab_size",
 }
 
-_SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -88,13 +80,18 @@ def locate(
 ) -> Path:
     """Return the directory of a model; configuration and weights on the hub are downloaded.
 
-    From the hub come config.json, safetensors and our manifest, and pytorch_model.bin only where
-    there are no safetensors. Args and errors are those of `files.find_directory`.
+    From the hub come config.json, safetensors and our manifest, pytorch_model.bin only where
+    there are no safetensors, and Google's files only where there is neither. Args and errors are
+    those of `files.find_directory`.
     """
-    for name, shards in ((_SAFETENSORS, "model-*.safetensors"), (_PICKLED, "pytorch_model-*.bin")):
+    for names in (
+        (SAFETENSORS, f"{SAFETENSORS}.index.json", "model-*.safetensors"),
+        (PICKLED, f"{PICKLED}.index.json", "pytorch_model-*.bin"),
+        (f"{BUNDLE}.index", f"{BUNDLE}.data-*"),
+    ):
         directory = find_directory(
             name_or_path,
-            [CONFIG_FILE, MANIFEST, name, f"{name}.index.json", shards],
+            [*CONFIG_FILES, MANIFEST, *names],
             subfolder=subfolder,
             revision=revision,
             cache_dir=cache_dir,
@@ -102,7 +99,7 @@ def locate(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        if any(os.path.lexists(directory / n) for n in (name, f"{name}.index.json")):
+        if any(os.path.lexists(directory / name) for name in names):
             break
     return directory
 
@@ -112,7 +109,9 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of a directory under the names and in the dtypes that the files have.
 
-    Read is the first there is of model.safetensors, its index, pytorch_model.bin, its index.
+    Read is the first there is of model.safetensors, its index, pytorch_model.bin, its index, and
+    TensorFlow's bert_model.ckpt.index or the only other *.index. Google's weights come under
+    Hugging Face's names and in torch's layout, without the optimizer's variables.
 
     Args:
         directory: as `locate` returns it.
@@ -121,27 +120,14 @@ def read_tensors(
     Raises:
         FileNotFoundError: no weights, or one of several files is missing.
         ValueError: a file is truncated, malformed, outside the directory, or not the one in the
-            manifest; a pickle holds more than tensors; a weight is NaN or infinite. The message
-            names file and tensor, what was wanted and what was found.
+            manifest; a CRC of TensorFlow's does not fit; a pickle holds more than tensors; a weight
+            is NaN or infinite. The message names file and tensor, what was wanted and found.
         NotImplementedError: pytorch_model.bin, and torch is older than 2.10.
     """
     directory = Path(directory)
     if os.path.lexists(directory / MANIFEST):
         _verify(directory)
-    tensors: dict[str, Tensor] = {}
-    for file, listed in _weight_files(directory).items():
-        path = plain_file(directory, file)
-        found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
-        if listed is not None and found.keys() != listed:
-            raise ValueError(
-                f"{path}: want the tensors that the index lists, got none for "
-                f"{_some(listed - found.keys())}, beside them {_some(found.keys() - listed)}"
-            )
-        if not allow_nonfinite and (bad := [n for n, t in found.items() if not _is_finite(t)]):
-            want = "finite weights (allow_nonfinite=True takes others)"
-            raise ValueError(f"{path}: want {want}, got NaN or infinity in {_some(bad)}")
-        tensors |= found
-    return tensors
+    return read_weights(directory, allow_nonfinite=allow_nonfinite)
 
 
 def match(
@@ -176,12 +162,12 @@ def match(
     """
     in_file: dict[str, str] = {}  # name without `bert.` -> name in the file
     for name in found:
-        if DROPPED.fullmatch(name):
+        if is_buffer(name):
             continue
-        if (other := in_file.setdefault(_key(name), name)) != name:
+        if (other := in_file.setdefault(bare(name), name)) != name:
             raise ValueError(f"{source}: want each weight once, got {other} and {name}")
     shapes = {n: tuple(w.shape if isinstance(w, Tensor) else w) for n, w in wanted.items()}
-    chosen = {name: found[in_file[_key(name)]] for name in shapes if _key(name) in in_file}
+    chosen = {name: found[in_file[bare(name)]] for name in shapes if bare(name) in in_file}
     for name, tensor in chosen.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{source}: {name}: want a floating dtype, got {tensor.dtype}")
@@ -207,13 +193,13 @@ def match(
     tensors = {n: chosen[n] for n in shapes if n in chosen and n not in mismatched}
     new = [name for name in shapes if name not in tensors and name not in ties]
     if missing := [name for name in new if not new_allowed(name)]:
-        raise ValueError(f"{source}: want every encoder weight, got none for {_some(missing, 400)}")
-    used = {_key(name) for name in shapes}
+        raise ValueError(f"{source}: want every encoder weight, got none for {some(missing, 400)}")
+    used = {bare(name) for name in shapes}
     unexpected = [name for key, name in in_file.items() if key not in used]
     if strict and (new or unexpected):
         raise ValueError(
-            f"{source}: strict: want exactly the model's weights, got none for {_some(new)}, "
-            f"beside them {_some(unexpected)}"
+            f"{source}: strict: want exactly the model's weights, got none for {some(new)}, "
+            f"beside them {some(unexpected)}"
         )
     return Match(
         tensors=tensors,
@@ -266,26 +252,11 @@ def save_tensors(
     """
     config.validate()
     kept = _without_ties(tensors) if config.tie_word_embeddings else dict(tensors)
-    for name, tensor in kept.items():
-        if tensor.dtype not in CODE_OF:
-            raise TypeError(f"{name}: want one of {', '.join(CODES)}, got {tensor.dtype}")
-    shards = _shards(kept, _byte_count(max_shard_size))
-    names = [_SAFETENSORS]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    shards = weight_shards(kept, max_shard_size)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    sums: dict[str, dict[str, Any]] = {}
     with staged(directory) as write:
-        for name, shard in zip(names, shards, strict=True):
-            write(name, _summed(safetensors_chunks(shard), sums.setdefault(name, {})))
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for t in kept.values())},
-                "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
-            }
-            name = f"{_SAFETENSORS}.index.json"
-            write(name, _summed([_json(index)], sums.setdefault(name, {})))
+        sums = write_weights(write, shards)
         write(CONFIG_FILE, [config.to_json_string().encode()])
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -293,18 +264,69 @@ def save_tensors(
             "files": sums,
         }
         write(MANIFEST, [_json(manifest)])
+    remove_other_weights(directory, sums)
+
+
+def weight_shards(
+    tensors: Mapping[str, Tensor], max_shard_size: int | str
+) -> dict[str, dict[str, Tensor]]:
+    """Return file name -> tensors: model.safetensors, or several files of at most that size.
+
+    Raises:
+        ValueError: there are no tensors, or max_shard_size is no size.
+        TypeError: a tensor is of a dtype that cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODE_OF:
+            raise TypeError(f"{name}: want one of {', '.join(CODES)}, got {tensor.dtype}")
+    limit = _byte_count(max_shard_size)
+    if not tensors:
+        raise ValueError("tensors: want at least one, got none")
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    count = len(shards)
+    if count == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def write_weights(
+    write: Callable[[str, Iterable[bytes | memoryview]], None],
+    shards: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, dict[str, Any]]:
+    """Write what `weight_shards` returned, and an index where it is several files.
+
+    Args:
+        write: of `files.staged`.
+        shards: file name -> tensors by name.
+
+    Returns:
+        File name -> its size and SHA-256.
+    """
+    sums: dict[str, dict[str, Any]] = {}
+    for name, shard in shards.items():
+        write(name, _summed(safetensors_chunks(shard), sums.setdefault(name, {})))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for s in shards.values() for t in s.values())},
+            "weight_map": {tensor: name for name, shard in shards.items() for tensor in shard},
+        }
+        name = f"{SAFETENSORS}.index.json"
+        write(name, _summed([_json(index)], sums.setdefault(name, {})))
+    return sums
+
+
+def remove_other_weights(directory: Path, kept: Collection[str]) -> None:
+    """Remove what an earlier save wrote: safetensors and their index, but not those in `kept`."""
     for entry in os.listdir(directory):
-        if _OURS.fullmatch(entry) and entry not in sums:
+        if _OURS.fullmatch(entry) and entry not in kept:
             (directory / entry).unlink()
-
-
-def _key(name: str) -> str:
-    """Hugging Face's present name, without `bert.`."""
-    for pattern, replacement in RENAMED:
-        if found := pattern.fullmatch(name):
-            name = found.expand(replacement)
-            break
-    return name.removeprefix("bert.")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -316,50 +338,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _describe(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
     text = f"{name}: want {[*want]}, got {[*got]}"
-    if (field := _ROWS.get(_key(name))) and got and got[0] != want[0]:
+    if (field := _ROWS.get(bare(name))) and got and got[0] != want[0]:
         text += f" ({field}: the configuration says {want[0]}, the file has {got[0]})"
     return text
-
-
-def _some(names: Iterable[str], limit: int = 20) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "nothing"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # Both extremes are NaN where any element is; no copy of the tensor is made.
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def _weight_files(directory: Path) -> dict[str, set[str] | None]:
-    """File name -> the tensors that an index says it holds; None without an index."""
-    for single in (_SAFETENSORS, _PICKLED):
-        if os.path.lexists(directory / single):
-            return {single: None}
-        if os.path.lexists(directory / (index := f"{single}.index.json")):
-            return _read_index(directory, index, Path(single).suffix)
-    looked = ", ".join(f"{s}{i}" for s in (_SAFETENSORS, _PICKLED) for i in ("", ".index.json"))
-    got = _some(os.listdir(directory)) if directory.is_dir() else "no such directory"
-    raise FileNotFoundError(f"{directory}: want one of {looked}, got {got}")
-
-
-def _read_index(directory: Path, index: str, suffix: str) -> dict[str, set[str] | None]:
-    weight_map = read_json(directory, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{directory / index}: weight_map: want a map, got {weight_map!r:.200}")
-    listed: dict[str, Any] = {}
-    for name, file in weight_map.items():
-        # An index of safetensors must not lead to a pickle.
-        if not isinstance(file, str) or not file.endswith(suffix):
-            want = f"the name of a {suffix} file"
-            raise ValueError(f"{directory / index}: {name:.200}: want {want}, got {file!r:.200}")
-        listed.setdefault(file, set()).add(name)
-    for file in listed:
-        plain_file(directory, file)
-    return listed
 
 
 def _verify(directory: Path) -> None:
@@ -376,7 +357,7 @@ def _verify(directory: Path) -> None:
     if there != sums.keys():
         raise ValueError(
             f"{directory}: want the files in {MANIFEST}, got none for "
-            f"{_some(sums.keys() - there)}, beside them {_some(there - sums.keys())} {hint}"
+            f"{some(sums.keys() - there)}, beside them {some(there - sums.keys())} {hint}"
         )
     for name, want in sums.items():
         got: dict[str, Any] = {}
@@ -418,17 +399,3 @@ def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
         kept.setdefault(where if t.data_ptr() else name, name)
     return {name: tensors[name] for name in kept.values()}
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    if not tensors:
-        raise ValueError("tensors: want at least one, got none")
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    return shards

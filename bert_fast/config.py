@@ -23,6 +23,7 @@ from bert_fast.files import find_directory, read_json, staged
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 CONFIG_FILE = "config.json"
+CONFIG_FILES = (CONFIG_FILE, "bert_config.json")  # the second is Google's
 
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -286,7 +287,7 @@ class BertConfig:
 
         Args:
             pretrained_model_name_or_path: see `files.find_directory`.
-            **overrides: fields in place of those in config.json; and subfolder, revision,
+            **overrides: fields in place of those in the file; and subfolder, revision,
                 cache_dir, token, local_files_only, force_download for `files.find_directory`.
 
         Raises:
@@ -294,9 +295,9 @@ class BertConfig:
             ValueError, TypeError: as `from_dict`; the message names the file.
         """
         where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
-        directory = find_directory(pretrained_model_name_or_path, [CONFIG_FILE], **where)
+        directory = find_directory(pretrained_model_name_or_path, CONFIG_FILES, **where)
         config, unknown = read_config(directory, **overrides)
-        _warn_of(unknown, str(directory / CONFIG_FILE))
+        _warn_of(unknown, str(directory / config_file(directory)))
         config.name_or_path = str(pretrained_model_name_or_path)
         return config
 
@@ -391,10 +392,16 @@ def read_config(directory: Path, **overrides: Any) -> tuple[BertConfig, list[str
     """Return the configuration in a local directory, and the keys of its file that mean nothing.
 
     Raises:
-        FileNotFoundError: there is no config.json.
+        FileNotFoundError: there is none.
         ValueError, TypeError: as `BertConfig.from_dict`; the message names the file.
     """
-    return _parse(read_json(directory, CONFIG_FILE), str(directory / CONFIG_FILE), overrides)
+    name = config_file(directory)
+    return _parse(read_json(directory, name), str(directory / name), overrides)
+
+
+def config_file(directory: Path) -> str:
+    """Return config.json, or Google's bert_config.json where only that is there."""
+    return next((n for n in CONFIG_FILES if os.path.lexists(directory / n)), CONFIG_FILE)
 
 
 def _parse(

@@ -36,12 +36,13 @@ CODE_OF = {dtype: code for code, dtype in CODES.items()}
 _ZIP, _MAGIC = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+def parse_json(raw: bytes, what: str, kind: type = dict) -> Any:
     """Parse a JSON object strictly: UTF-8, no key twice, no NaN or Infinity.
 
     Args:
         raw: the text.
         what: the name of its file, for errors.
+        kind: dict for an object, list for an array.
 
     Raises:
         ValueError: anything else.
@@ -58,12 +59,13 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     def constant(text: str) -> None:
         raise ValueError(f"the number {text}")
 
+    want = "a JSON object" if kind is dict else "a JSON array"
     try:
         got = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: want a JSON object, got {error}") from error
-    if not isinstance(got, dict):
-        raise ValueError(f"{what}: want a JSON object, got {type(got).__name__}")
+        raise ValueError(f"{what}: want {want}, got {error}") from error
+    if not isinstance(got, kind):
+        raise ValueError(f"{what}: want {want}, got {type(got).__name__}")
     return got
 
 
@@ -95,12 +97,12 @@ def plain_file(directory: str | os.PathLike, name: str) -> Path:
     return path
 
 
-def read_json(directory: str | os.PathLike, name: str) -> dict[str, Any]:
-    """Return the JSON object in the file `name` of `directory`; see the two functions above."""
+def read_json(directory: str | os.PathLike, name: str, kind: type = dict) -> Any:
+    """Return the JSON in the file `name` of `directory`; see the two functions above."""
     path = plain_file(directory, name)
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: want at most {MAX_JSON_BYTES} bytes, got {size}")
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(path.read_bytes(), str(path), kind)
 
 
 @contextmanager

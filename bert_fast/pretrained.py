@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bert_fast import checkpoint
 from bert_fast.base import BertBase, own_parameters
 from bert_fast.config import DTYPES, BertConfig
+from bert_fast.names import is_head
 
 Model = TypeVar("Model", bound="BertPreTrainedModel")
 
@@ -55,8 +56,9 @@ class BertPreTrainedModel(BertBase):
         """Return the model in a directory or on the Hugging Face hub, in evaluation mode.
 
         Reads config.json and model.safetensors (or its shards, or pytorch_model.bin) as
-        transformers writes them. A head or pooler that the files lack is initialised and named in
-        a warning, tensors that the model lacks are named in another.
+        transformers writes them, or bert_config.json and bert_model.ckpt.* as Google does. A head
+        or pooler that the files lack is initialised and named in a warning, tensors that the model
+        lacks are named in another.
 
         Args:
             pretrained_model_name_or_path: a directory, or the id of a model on the hub.
@@ -118,7 +120,7 @@ class BertPreTrainedModel(BertBase):
             tensors,
             model.state_dict(),
             tied=cls.tied_weights if config.tie_word_embeddings else {},
-            new_allowed=_is_head,
+            new_allowed=is_head,
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             source=name_or_path,
@@ -198,11 +200,6 @@ class BertPreTrainedModel(BertBase):
         checkpoint.save_tensors(
             save_directory, tensors, config=config, max_shard_size=max_shard_size
         )
-
-
-def _is_head(name: str) -> bool:
-    """Return whether a parameter belongs to the pooler or a head, not to the encoder."""
-    return not name.removeprefix("bert.").startswith(("embeddings.", "encoder."))
 
 
 def _warn(match: checkpoint.Match, model: str, source: str | os.PathLike) -> None:
