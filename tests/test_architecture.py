@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # a module imports only what stands above its own line; a package also itself
-    ("files",),
-    ("config", "outputs", "reference_dropout", "tokenizer", "data"),
-    ("_C", "checkpoint", "kernels", "reference", "reference_model"),
+    ("batch_encoding", "files"),
+    ("config", "names", "outputs", "reference_dropout", "tensor_bundle", "tokenizer", "data"),
+    ("_C", "kernels", "reference", "reference_model", "weights"),
+    ("checkpoint",),
     ("ops",),
     ("packing",),
     ("layers",),
@@ -19,7 +20,7 @@ LAYERS = (  # a module imports only what stands above its own line; a package al
     ("model",),
     ("heads",),
     ("graphs", "report"),
-    ("encode", "hf"),
+    ("convert", "doctor", "encode", "hf"),
     ("train",),
     ("cli",),
     ("__main__",),
