@@ -1,6 +1,7 @@
 """BERT with the padding taken out once and every memory-bound step fused."""
 
 from bert_fast.config import BertConfig
+from bert_fast.encode import Encoder
 from bert_fast.heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -13,6 +14,7 @@ from bert_fast.heads import (
 from bert_fast.model import BertModel
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.report import report
+from bert_fast.tokenizer import BertTokenizer
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,8 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
+    "BertTokenizer",
+    "Encoder",
     "__version__",
     "report",
 ]

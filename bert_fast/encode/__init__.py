@@ -1,0 +1,5 @@
+"""Texts in, vectors and predictions out."""
+
+from bert_fast.encode.encoder import Encoder
+
+__all__ = ["Encoder"]
