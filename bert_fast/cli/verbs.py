@@ -1,0 +1,334 @@
+"""The verbs of `bert-fast`."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bert_fast.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Errors,
+    Format,
+    Model,
+    Overwrite,
+    Pooling,
+    Precision,
+    Source,
+    Target,
+)
+from bert_fast.cli.show import note_summary, print_conversion, print_json, print_masks
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _set_version(value: bool) -> None:
+    if value:
+        print(f"bert-fast {sys.modules['bert_fast'].__version__}")
+        raise typer.Exit
+
+
+def _example(*lines: str) -> str:
+    """Text for the end of a verb's help; tests run each of its lines."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+app = typer.Typer(
+    help="BERT on packed sequences: embeddings, filled masks, conversions, diagnosis.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings=_SETTINGS,
+)
+convert = typer.Typer(
+    help="Convert a model's files between forms.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(convert, name="convert")
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_set_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=_example("bert-fast doctor", "bert-fast doctor --json"))
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine offers and try every op.
+
+    The exit status is 1 if something that is promised does not work.
+    """
+    from bert_fast.doctor import diagnose
+
+    found = diagnose()
+    print_json(found.to_dict()) if json else print(found)
+    if not found.healthy:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_example(
+        "bert-fast encode model texts.txt -o vectors.npy",
+        "bert-fast encode model reviews.csv --column body -o vectors.parquet",
+        "cat texts.txt | bert-fast encode model - -o vectors.jsonl --keep-text",
+    )
+)
+def encode(
+    model: Model,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Files of texts; - is the standard input."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUTPUT", help="A .npy, .jsonl or .parquet file."),
+    ],
+    format: Annotated[
+        Format | None, typer.Option(help="Of the inputs.  [default: by their suffix]")
+    ] = None,
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field of a JSON line, column of a CSV file.")
+    ] = "text",
+    errors: Annotated[
+        Errors,
+        typer.Option(
+            help="At a line without a text: stop, leave its row empty (NaN, null), or put U+FFFD"
+            " for bytes that are not UTF-8, NUL and half surrogate pairs."
+        ),
+    ] = Errors.strict,
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="[default: what the model's files say, or mean]")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Vectors of length 1.  [default: what the model's files say]",
+        ),
+    ] = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that are kept of a text.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What goes before each text.")
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The same, by its name in the model's files.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Texts of full length in a batch.")
+    ] = 32,
+    chunk: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Texts encoded together: what a kill can cost."),
+    ] = 1024,
+    device: Device = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: as stored]")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the output.")] = Precision.float32,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text", help="Write the texts too (.jsonl, .parquet).")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUTPUT, discard another run's OUTPUT.parts."),
+    ] = False,
+    progress: Annotated[
+        bool, typer.Option("--progress/--no-progress", help="Show how far it is.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Write a vector for each text of the inputs, in their order.
+
+    Every line of a text file is a text, also an empty one; of .jsonl and .csv files every record.
+    Files may be compressed (.gz, .xz).
+    Of a text only the first 1,000,000 characters are read. Files of any size take the same memory.
+
+    Finished chunks are kept in OUTPUT.parts until all are done: after a kill the same command goes
+    on where it stopped, and gives the same file. Under torchrun each process takes a share:
+    torchrun --nproc-per-node 2 -m bert_fast encode ...
+    """
+    from bert_fast.encode.progress import Progress
+    from bert_fast.encode.stream import check_files, encode_file, ranks
+
+    output_options = {
+        "precision": precision.value,
+        "keep_text": keep_text,
+        "overwrite": overwrite,
+    }
+    check_files(inputs, output, **output_options)
+    rank, world = ranks()
+    encoder = _encoder(
+        model,
+        _device(device, world),
+        dtype=dtype and dtype.value,
+        pooling=pooling and pooling.value,
+        normalize=normalize,
+        max_seq_length=max_seq_length,
+    )
+    files = [os.stat(name).st_size if os.path.isfile(name) else None for name in inputs]
+    total = None if None in files else sum(files)
+    with Progress(total, progress and rank == 0) as bar:
+        done = encode_file(
+            encoder,
+            inputs,
+            output,
+            format=format and format.value,
+            column=column,
+            errors=errors.value,
+            batch_size=batch_size,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            chunk=chunk,
+            note=lambda message: bar.note(f"bert-fast: {message}"),
+            progress=bar.update,
+            **output_options,
+        )
+    if rank == 0:
+        note_summary(done)
+
+
+@app.command(
+    "fill-mask",
+    epilog=_example(
+        'bert-fast fill-mask model "Paris is the [MASK] of France."',
+        'echo "The [MASK] is blue." | bert-fast fill-mask model - --top-k 3 --json',
+    ),
+)
+def fill_mask(
+    model: Model,
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="With [MASK]; - reads a text a line from stdin.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, metavar="K", help="How many tokens to show.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a text.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Print the likeliest tokens where a text has [MASK]."""
+    encoder = _encoder(model, device)
+    for line in _texts(text):
+        found = encoder.fill_mask(line, top_k=top_k)
+        if json:
+            print_json(found, indent=None)
+        else:
+            print_masks(found)
+
+
+@convert.command(
+    "from-tf", epilog=_example("bert-fast convert from-tf uncased_L-12_H-768_A-12 model")
+)
+def from_tf(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Directory with bert_config.json and a checkpoint, or its prefix.",
+        ),
+    ],
+    target: Target,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="none, pretraining, masked-lm, next-sentence, sequence-classification,"
+            " token-classification, multiple-choice or question-answering.  [default: the one"
+            " whose weights there are]",
+        ),
+    ] = None,
+    lower_case: Annotated[
+        bool | None,
+        typer.Option("--lower-case/--cased", help="For the tokenizer.  [default: by vocab.txt]"),
+    ] = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Make a model of Google's TensorFlow checkpoint.
+
+    It opens in Hugging Face's transformers and here. TensorFlow is not needed.
+    """
+    from bert_fast import convert
+
+    options = {"head": head, "do_lower_case": lower_case, "overwrite": overwrite}
+    print_conversion(convert.from_tf(source, target, **options))
+
+
+@convert.command("to-hf", epilog=_example("bert-fast convert to-hf model converted"))
+def to_hf(
+    source: Source,
+    target: Target,
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: as stored]")] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Weights are split above this.")
+    ] = "5GB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as transformers does now, as safetensors."""
+    import torch
+
+    from bert_fast import convert
+
+    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    wanted = None if dtype is None else getattr(torch, dtype.value)
+    print_conversion(convert.to_hf(source, target, dtype=wanted, **options))
+
+
+@convert.command("legacy-names", epilog=_example("bert-fast convert legacy-names model renamed"))
+def legacy_names(
+    source: Source,
+    target: Target,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Weights are split above this.")
+    ] = "5GB",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Give weights of old names (gamma, beta) those of today.
+
+    Values, other tensors and config.json stay as they are.
+    """
+    from bert_fast import convert
+
+    options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    print_conversion(convert.legacy_names(source, target, **options))
+
+
+# --- what the verbs share ------------------------------------------------------------------------
+
+
+def _encoder(model: str, device: str | None, **options: Any) -> Any:
+    from bert_fast.encode.encoder import Encoder
+
+    return Encoder.from_pretrained(model, device=device, **options)
+
+
+def _device(wanted: str | None, world: int) -> str | None:
+    """Return the device: of several processes on a machine each has a GPU of its own."""
+    if wanted is None and world > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return wanted
+
+
+def _texts(text: str) -> Iterable[str]:
+    if text != "-":
+        return [text]
+    from bert_fast.encode.readers import Reader
+
+    return (row.text for row in Reader("-") if row.text)
