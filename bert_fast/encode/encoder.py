@@ -21,7 +21,7 @@ from bert_fast.tokenizer import BertTokenizer
 # Texts that are tokenized at a time: their ids are kept as arrays, tokenizers' objects are not.
 _WINDOW = 1024
 # Tokens of a batch on the CPU: more do not raise the rate, but memory.
-_CPU_TOKENS = 4096
+_CPU_TOKENS = 2048
 _FILES = "*.json", "*/*.json", "vocab.txt"  # what is read beside the weights
 
 
