@@ -112,7 +112,7 @@ def test_as_a_module(capfd):
         (["encode", "model", "texts.txt", "-o", "v.txt"], 1, "v.txt: want .npy, .jsonl, .parquet"),
         (["encode", "model", "no.txt", "-o", "v.npy"], 1, "no.txt: want a file, got nothing"),
         (["encode", "./no", "texts.txt", "-o", "v.npy"], 1, "no: want a directory, got nothing"),
-        (["encode", "model", "texts.gz", "-o", "v.npy"], 1, "texts.gz: want a "),
+        (["encode", "model", "texts.zip", "-o", "v.npy"], 1, "texts.zip: want a "),
         (["encode", "model", "bad.txt", "-o", "v.npy"], 1, "bad.txt:2: want UTF-8, got byte 0xff"),
         (["encode", "model", "reviews.csv", "-o", "v.npy"], 1, "got 'id', 'body'"),
         (["encode", "model", "texts.txt", "-o", "v.npy", "--prompt-name", "q"], 1, "prompt_name"),
@@ -127,7 +127,7 @@ def test_as_a_module(capfd):
 def test_errors(arguments, status, message, folder, capfd):
     """One line on stderr that says what is wrong; nothing on stdout, no traceback."""
     (folder / "bad.txt").write_bytes(b"ok\n\xff\n")
-    (folder / "texts.gz").write_bytes(b"x")
+    (folder / "texts.zip").write_bytes(b"x")
     got, out, err = call(capfd, *arguments)
     assert (got, out) == (status, "")
     lines = [line for line in err.splitlines() if not line.startswith("bert-fast: warning: ")]

@@ -77,13 +77,17 @@ def _fwd_cpu(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention, for sequences of one length that follow one another in one call.
 
-    Its tiles depend on that length alone, so none sees its batch. The reference computes with
-    dropout, for which it has no mask of ours, and in 16 bits, where it is less exact at large
-    scores.
+    Its tiles depend on that length alone, so none sees its batch, if only every head begins at a
+    multiple of 16 bytes: elsewhere its products sum in another order. The reference computes what
+    cannot, what has dropout, for which there is no mask of ours, and 16 bits, where it is more
+    exact at large scores.
     """
-    if (seed is not None and p > 0) or qkv.dtype.itemsize == 2:
-        return reference.attention(qkv, cu_seqlens, max_len, p, seed, site, work)
     _, _, H, K = qkv.shape
+    size = qkv.dtype.itemsize
+    if (seed is not None and p > 0) or size == 2 or K * size % 16:
+        return reference.attention(qkv, cu_seqlens, max_len, p, seed, site, work)
+    if qkv.data_ptr() % 16:
+        qkv = qkv.clone()
     o, lse = _fwd_fake(qkv, cu_seqlens, max_len, p, seed, site)
     first = 0
     lengths = (last - first for _, first, last in reference.sequences(cu_seqlens))
