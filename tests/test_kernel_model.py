@@ -140,6 +140,9 @@ def assert_right(name, dtype, device, dropout=0.1, padding="right", layers=2):
         got = run(model.to(dtype), inputs, device)
     assert got.keys() == truth.keys()
     if dtype != torch.float32:
+        if name == "BertForMultipleChoice":  # its choices' gradients add up to 0, but for rounding
+            for found in (got, baseline, truth):
+                assert found.pop("d_classifier.bias").abs().max() < 1e-3
         return assert_as_good(got, baseline, truth, norm=2)
     for key, exact in truth.items():
         error, allowed = ((t[key].double() - exact).abs().max() for t in (got, baseline))
