@@ -39,9 +39,6 @@ def print_masks(found: list[Any]) -> None:
         console.print(table)
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
 def print_conversion(done: Any) -> None:
     """Print what a conversion read, wrote and left out."""
     print(f"{done.architecture}: {len(done.written)} tensors from {done.source} to {done.target}")

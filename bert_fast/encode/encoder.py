@@ -20,7 +20,8 @@ from bert_fast.tokenizer import BertTokenizer
 
 # Texts that are tokenized at a time: their ids are kept as arrays, tokenizers' objects are not.
 _WINDOW = 1024
-# Tokens of a batch on the CPU: more do not raise the rate, but memory.
+# Tokens of a batch on the CPU: of 512 to 8,192 the fastest (MiniLM, Wikipedia and STS sentences, 2
+# cores of an AMD EPYC, 2026-11-21), and 1,024 to 4,096 hardly slower.
 _CPU_TOKENS = 2048
 _FILES = "*.json", "*/*.json", "vocab.txt"  # what is read beside the weights
 
