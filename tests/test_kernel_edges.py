@@ -36,6 +36,16 @@ DTYPES = op_cases.KERNEL_DTYPES
 LENGTHS = (*range(1, 131), 511, 512, 513)
 needs_attention = pytest.mark.skipif("attention" not in FUNCTIONS, reason="no kernel of attention")
 
+
+def bound(case, norm):
+    """The bound in norm: wider for attention of a few rows.
+
+    The rounding of a row's saved o is one error of all its columns, and of few such errors the
+    baseline may have small ones by luck.
+    """
+    return 3 if case.name == "attention" and case.inputs["qkv"].shape[0] < 8 else norm
+
+
 # --- attention: lengths by head sizes ------------------------------------------------------------
 
 
@@ -109,7 +119,7 @@ def test_mixed_lengths(number, dtype, kernel_device):
 def test_empty_sequences(lengths, slack, dtype, kernel_device):
     """First, last, between, alone, and none at all; rows of nobody give 0 and get 0."""
     case = attention_case(lengths, H=1, K=16, slack=slack).to(dtype, kernel_device)
-    check(case, norm=3)  # of few rows, as in check_drawn
+    check(case, norm=bound(case, 2))  # of few numbers
     found = gradients(case, case.call)
     for name in ("out", "d_qkv"):
         assert not found[name][sum(lengths) :].any(), name
@@ -176,7 +186,7 @@ def test_drawn(name, number, dtype, kernel_device):
 @pytest.mark.long
 @kernel_dtype
 @every_function
-@pytest.mark.parametrize("number", range(10, 40))
+@pytest.mark.parametrize("number", range(10, 70))
 def test_many_drawn(name, number, dtype, kernel_device):
     check_drawn(name, number, dtype, kernel_device)
 
@@ -185,9 +195,7 @@ def check_drawn(name, number, dtype, device):
     """Odd sizes, one column, one row, more rows than partial sums; all outputs and gradients."""
     torch.manual_seed(number)
     case = draw(name, random.Random(f"check {name} {number}"), many=number >= 10)
-    # an error in a row's sum is one for all its columns: of a few rows the baseline may have luck
-    few = next(t.shape[0] for t in case.inputs.values() if t is not None) < 8
-    check(case.to(dtype, device), norm=3 if few else 1.5)
+    check(case.to(dtype, device), norm=bound(case, 1.5))
 
 
 @every_function
