@@ -14,6 +14,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 DIMENSION = 5
 TEXTS = [f"text {i} é" for i in range(11)]
@@ -118,6 +119,19 @@ def die_at(moment):
 
     for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
         before(name)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS), "utf-8")
+    return path
 
 
 if __name__ == "__main__":

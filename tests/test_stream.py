@@ -14,18 +14,7 @@ from stream_runs import DIMENSION, TEXTS, FakeEncoder, left, run, same, want
 
 from bert_fast.encode import stream
 
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(TEXTS), "utf-8")
-    return path
+alone, source = stream_runs.alone, stream_runs.source
 
 
 # --- what is written -----------------------------------------------------------------------------

@@ -5,27 +5,13 @@ import json
 import random
 
 import pytest
+import tokenizer_cases
 import torch
-import transformers
-from tokenizer_cases import EVERYTHING, VOCABULARIES, both, difference
+from tokenizer_cases import EVERYTHING, SPECIAL, TEXTS, VOCABULARIES, both, difference
 
 from bert_fast.tokenizer import BertTokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["the", "un", "##want", "##ed", "runn", "##ing", ",", "fox", "low", "##er"]
-TEXTS = ["unwanted, running", "the fox", "", "the lower [MASK] fox é"]
-
-
-@pytest.fixture
-def pair():
-    """Ours and transformers', of a few words."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
-    return BertTokenizer(vocab), transformers.BertTokenizer(vocab=vocab)
-
-
-@pytest.fixture
-def ours(pair):
-    return pair[0]
+ours, pair = tokenizer_cases.ours, tokenizer_cases.pair
 
 
 # --- cases of others -----------------------------------------------------------------------------

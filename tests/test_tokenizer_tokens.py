@@ -6,29 +6,16 @@ import random
 
 import numpy as np
 import pytest
+import tokenizer_cases
 import torch
 import transformers
-from tokenizer_cases import EVERYTHING, both, lists
+from tokenizer_cases import EVERYTHING, SPECIAL, TEXTS, WORDS, both, lists
 from tokenizers import AddedToken
 
 from bert_fast.batch_encoding import BatchEncoding
 from bert_fast.tokenizer import BertTokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["the", "un", "##want", "##ed", "runn", "##ing", ",", "fox", "low", "##er"]
-TEXTS = ["unwanted, running", "the fox", "", "the lower [MASK] fox é"]
-
-
-@pytest.fixture
-def pair():
-    """Ours and transformers', of a few words."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
-    return BertTokenizer(vocab), transformers.BertTokenizer(vocab=vocab)
-
-
-@pytest.fixture
-def ours(pair):
-    return pair[0]
+ours, pair = tokenizer_cases.ours, tokenizer_cases.pair
 
 
 # --- tokens and ids ------------------------------------------------------------------------------

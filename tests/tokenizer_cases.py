@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import transformers
 
 from bert_fast.tokenizer import BertTokenizer
@@ -20,6 +21,9 @@ EVERYTHING = {
     "return_offsets_mapping": True,
     "return_length": True,
 }
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["the", "un", "##want", "##ed", "runn", "##ing", ",", "fox", "low", "##er"]
+TEXTS = ["unwanted, running", "the fox", "", "the lower [MASK] fox é"]
 ATTRIBUTES = ("ids", "tokens", "offsets", "word_ids", "sequence_ids", "n_sequences")  # of Encoding
 
 
@@ -98,3 +102,15 @@ def texts(shared: Path) -> Iterator[tuple[str, list]]:
         yield path.name, list(questions(path))
     for path in sorted(data.glob("conll2003/*.txt*")):
         yield path.name, words(path)
+
+
+@pytest.fixture
+def pair():
+    """Ours and transformers', of a few words."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
+    return BertTokenizer(vocab), transformers.BertTokenizer(vocab=vocab)
+
+
+@pytest.fixture
+def ours(pair):
+    return pair[0]
