@@ -31,11 +31,13 @@ def vectors(**options):
 
 
 def test_outputs(folder, capfd):
-    """The vectors are the encoder's; stdout stays empty, one line on stderr says what came."""
+    """The vectors are the encoder's; stdout stays empty, stderr says how it went and what came."""
     for name in ("v.npy", "v.jsonl", "v.parquet"):
         status, out, err = call(capfd, "encode", "model", "texts.txt", "-o", name)
         assert (status, out) == (0, "")
-        assert err == f"bert-fast: {len(TEXTS)} rows of 32 in {name}\n"
+        shown, done = err.splitlines()
+        assert shown.startswith(f"bert-fast: {len(TEXTS)} rows, 0.0 of 0.0 MB, ")
+        assert done == f"bert-fast: {len(TEXTS)} rows of 32 in {name}"
     assert np.array_equal(np.load("v.npy"), vectors())
     rows = [json.loads(line) for line in open("v.jsonl")]
     assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), vectors())
@@ -64,9 +66,9 @@ def test_bad_lines(folder, capfd):
     (folder / "bad.txt").write_bytes(b"a\n\xff\nb\n")
     status, _, err = call(capfd, "encode", "model", "bad.txt", "-o", "v.npy", "--errors", "skip")
     lines = err.splitlines()
-    assert status == 0 and len(lines) == 2
+    assert status == 0 and len(lines) == 3
     assert lines[0].startswith("bert-fast: bad.txt:2: skipped: want UTF-8, got byte 0xff")
-    assert lines[1] == "bert-fast: 3 rows of 32 in v.npy, 1 skipped"
+    assert lines[2] == "bert-fast: 3 rows of 32 in v.npy, 1 skipped"
     assert np.isnan(np.load("v.npy")).any(1).tolist() == [False, True, False]
 
 
@@ -155,14 +157,14 @@ def test_lines_where_there_is_no_terminal(capfd, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with Progress(1_000_000) as progress:
         for i in range(1, 11):
-            progress.update(100_000 * i, 100 * i, 100 * i)
+            progress.update(100_000 * i, 100 * i, f"{100 * i} rows")
     lines = capfd.readouterr()[1].splitlines()
-    assert len(lines) == 2
-    form = r"bert-fast: 400 rows, 0\.4 of 1\.0 MB, \d+ texts/s, 0:00:\d\d left"
-    assert re.fullmatch(form, lines[0]), lines
+    assert len(lines) == 3
+    assert re.fullmatch(r"bert-fast: 400 rows, \d+ texts/s, 0:00:\d\d left", lines[0]), lines
+    assert re.fullmatch(r"bert-fast: 1000 rows, \d+ texts/s, 0:00:00 left", lines[2]), lines
     with Progress(None, shown=False) as progress:
         for i in range(1, 11):
-            progress.update(100_000 * i, 100 * i, 100 * i)
+            progress.update(100_000 * i, 100 * i, f"{100 * i} rows")
     assert capfd.readouterr()[1] == ""
 
 

@@ -175,7 +175,7 @@ def test_specials_in_a_text_are_text(encoder):
 def test_a_progress_bar_when_asked(encoder, capsys):
     encoder.encode(TEXTS, show_progress_bar=True)
     shown = capsys.readouterr()
-    assert f"{len(TEXTS)}/{len(TEXTS)}" in shown.err and not shown.out
+    assert f"{len(TEXTS)} of {len(TEXTS)} texts" in shown.err and not shown.out
     encoder.encode(TEXTS)
     assert capsys.readouterr().err == ""
 

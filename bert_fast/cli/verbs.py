@@ -182,6 +182,13 @@ def encode(
     files = [os.stat(name).st_size if os.path.isfile(name) else None for name in inputs]
     total = None if None in files else sum(files)
     with Progress(total, progress and rank == 0) as bar:
+
+        def show(position: int, rows: int, encoded: int) -> None:
+            size = f"{position / 1e6:,.1f}"
+            if total is not None:
+                size += f" of {total / 1e6:,.1f}"
+            bar.update(position, encoded, f"{rows:,} rows, {size} MB")
+
         done = encode_file(
             encoder,
             inputs,
@@ -194,7 +201,7 @@ def encode(
             prompt_name=prompt_name,
             chunk=chunk,
             note=lambda message: bar.note(f"bert-fast: {message}"),
-            progress=bar.update,
+            progress=show,
             **output_options,
         )
     if rank == 0:

@@ -1,10 +1,8 @@
 """Encoder: texts in, a vector for each out, with sentence-transformers' arguments."""
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from bert_fast.encode.fill_mask import fill_mask
 from bert_fast.encode.pooling import POOLING, Pipeline, pool, read_pipeline
+from bert_fast.encode.progress import Progress
 from bert_fast.files import find_directory
 from bert_fast.heads import BertForMaskedLM
 from bert_fast.model import BertModel
@@ -232,7 +231,8 @@ class Encoder:
             device=self.device if convert_to_tensor else "cpu",
         )
         normalize = self.pipeline.normalize or normalize_embeddings
-        with progress(len(texts), show_progress_bar) as advance, torch.no_grad():
+        done = 0
+        with Progress(len(texts), show_progress_bar) as progress, torch.no_grad():
             for batch in self._batches(ids, batch_size):
                 x, lengths = self._forward([ids[i] for i in batch])
                 if output_value == "token_embeddings":
@@ -241,7 +241,8 @@ class Encoder:
                 else:
                     pooled = pool(x, lengths, self.pipeline.pooling, normalize)
                     vectors[batch] = pooled.to(vectors.device)
-                advance(len(batch))
+                done += len(batch)
+                progress.update(done, done, f"{done:,} of {len(texts):,} texts")
         if output_value == "token_embeddings":
             return rows[0] if one else rows
         vectors = vectors[0] if one else vectors
@@ -346,18 +347,3 @@ def _pooling(pooling: str | Sequence[str]) -> tuple[str, ...]:
     if not modes or any(mode not in POOLING for mode in modes):
         raise ValueError(f"pooling: want {', '.join(POOLING)} or several of them, got {pooling!r}")
     return modes
-
-
-@contextmanager
-def progress(total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr; yields what counts texts as done."""
-    if not (sys.stderr.isatty() if show is None else show):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("texts", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -9,23 +9,24 @@ _EVERY = 15.0  # seconds between lines
 
 
 class Progress:
-    """Rows, bytes, rate and time left, as a context manager."""
+    """Facts, rate and time left, as a context manager.
 
-    def __init__(self, total: int | None = None, shown: bool = True) -> None:
-        """Show nothing yet.
+    Args:
+        total: how much there is to do, in any unit; None: nobody knows.
+        shown: False keeps it quiet; None shows it where the standard error is a terminal.
+    """
 
-        Args:
-            total: bytes of the inputs; None: nobody knows.
-            shown: False keeps it quiet.
-        """
-        self._total, self._shown = total, shown
+    def __init__(self, total: int | None = None, shown: bool | None = True) -> None:
+        terminal = sys.stderr.isatty()
+        self._total, self._terminal = total, terminal
+        self._shown = terminal if shown is None else shown
         self._started = self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
-        self._rows = 0  # that were encoded here, and tell the rate
+        self._line = ""  # to be printed
 
     def __enter__(self) -> "Progress":
-        if self._shown and sys.stderr.isatty():
+        if self._shown and self._terminal:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -49,6 +50,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self._line and error is None:
+            self._print()
 
     def note(self, message: str) -> None:
         """Print a line, above the bar."""
@@ -57,25 +60,28 @@ class Progress:
         else:
             print(message, file=sys.stderr, flush=True)
 
-    def update(self, position: int, rows: int, encoded: int) -> None:
+    def update(self, completed: int, texts: int, facts: str) -> None:
         """Show how far it is.
 
         Args:
-            position: bytes of the inputs that were read.
-            rows: how many there were until now.
-            encoded: how many of them this process encoded in this run.
+            completed: of the total.
+            texts: how many were encoded here since the start, which tells the rate.
+            facts: what to say.
         """
         now = time.monotonic()
-        rate = encoded / max(now - self._started, 1e-9)
-        size = f"{position / 1e6:,.1f}"
-        if self._total is not None:
-            size += f" of {self._total / 1e6:,.1f}"
-        facts = f"{rows:,} rows, {size} MB, {rate:,.0f} texts/s"
+        passed = max(now - self._started, 1e-9)
+        facts += f", {texts / passed:,.0f} texts/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=position, facts=facts)
-        elif self._shown and now - self._last >= _EVERY:
-            if self._total and position and encoded:
-                left = (now - self._started) * (self._total / position - 1)
+            self._bar.update(self._task, completed=completed, facts=facts)
+        elif self._shown:
+            if self._total and completed and texts:
+                left = passed * (self._total / completed - 1)
                 facts += f", {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left"
-            print(f"bert-fast: {facts}", file=sys.stderr, flush=True)
-            self._last = now
+            self._line = f"bert-fast: {facts}"
+            if now - self._last >= _EVERY:
+                self._print()
+                self._last = now
+
+    def _print(self) -> None:
+        print(self._line, file=sys.stderr, flush=True)
+        self._line = ""
