@@ -1,5 +1,6 @@
-// Module bert_fast._C: importing it registers the compiled CPU implementations of operators whose
+// Module bert_fast._C: importing it registers the compiled implementations of operators whose
 // schemas Python defines.
+#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -7,14 +8,54 @@
 #include <string>
 #include <vector>
 
+#define CPU_CAPABILITY DEFAULT
 #include "cpu_ops.h"
+#undef CPU_CAPABILITY
+#ifdef BERT_FAST_X86
+#define CPU_CAPABILITY AVX2
+#include "cpu_ops.h"
+#undef CPU_CAPABILITY
+#define CPU_CAPABILITY AVX512
+#include "cpu_ops.h"
+#undef CPU_CAPABILITY
+#endif
 
-// An operator of the CPU stands twice here: its implementation, and its name for Python.
-TORCH_LIBRARY_IMPL(bert_fast, CPU, m) { m.impl("unpad", &bert_fast::cpu::unpad); }
+// The operators of the CPU, by their schemas' names.
+#define FOR_EACH_CPU_OP(OP) OP(unpad)
 
+namespace {
+
+// The instruction set PyTorch uses here; the environment variable ATEN_CPU_CAPABILITY lowers it.
+std::string capability() {
+#ifdef BERT_FAST_X86
+  const std::string has = at::get_cpu_capability();
+  if (has == "AVX512" || has == "AVX2") return has;
+#endif
+  return "DEFAULT";
+}
+
+#ifdef BERT_FAST_X86
+template <class F>
+F* best(F* portable, F* avx2, F* avx512) {
+  const std::string has = capability();
+  return has == "AVX512" ? avx512 : has == "AVX2" ? avx2 : portable;
+}
+#define BEST(name) \
+  best(&bert_fast::cpu::DEFAULT::name, &bert_fast::cpu::AVX2::name, &bert_fast::cpu::AVX512::name)
+#else
+#define BEST(name) &bert_fast::cpu::DEFAULT::name
+#endif
+
+}  // namespace
+
+#define REGISTER(name) m.impl(#name, BEST(name));
+TORCH_LIBRARY_IMPL(bert_fast, CPU, m) { FOR_EACH_CPU_OP(REGISTER) }
+
+#define NAME(name) #name,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of bert_fast.";
   m.def(
-      "cpu_ops", [] { return std::vector<std::string>{"unpad"}; },
+      "cpu_ops", [] { return std::vector<std::string>{FOR_EACH_CPU_OP(NAME)}; },
       "Names of the operators whose CPU implementation this module registers.");
+  m.def("cpu_capability", &capability, "The instruction set they use: DEFAULT, AVX2 or AVX512.");
 }

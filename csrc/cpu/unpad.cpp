@@ -9,7 +9,7 @@
 
 #include "cpu_ops.h"
 
-namespace bert_fast::cpu {
+namespace bert_fast::cpu::CPU_CAPABILITY {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> unpad(const at::Tensor& mask) {
   TORCH_CHECK_VALUE(mask.dim() == 2, "unpad: mask: want (B, L) [*, *], got ", mask.sizes());
@@ -59,4 +59,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> unpad(const at::Tensor& mask) {
   return {rows, cu_seqlens, at::scalar_tensor(max_len, cpu.dtype(at::kLong))};
 }
 
-}  // namespace bert_fast::cpu
+}  // namespace bert_fast::cpu::CPU_CAPABILITY
