@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent
 # OpenMP: else at::parallel_for runs on one thread. Products and sums are fused where the code says
 # so and nowhere else, so that a row has the same bits wherever it stands.
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
-CXX_FLAGS += ["-Wall", "-Werror"]
+CXX_FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]  # of PyTorch's headers
+
+NVCC_FLAGS = ["-O3", "--fmad=false", "--Werror=all-warnings"]
+CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"  # what TORCH_CUDA_ARCH_LIST is where it is not set
 
 
 def is_x86() -> bool:
@@ -32,7 +35,8 @@ def instruction_sets() -> dict[str, list[str]]:
     if is_x86():
         flags["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
         flags["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
-        flags["AVX512"] += ["-mfma", "-mf16c"]
+        # GCC 12 says it of its own header (GCC bug 105593)
+        flags["AVX512"] += ["-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     # at::vec, and the namespace of our functions, go by these macros
     return {
         name: [*options, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
@@ -91,15 +95,20 @@ def extension(required: bool) -> dict:
 
     # Not torch.cuda.is_available(): the machine that builds need not have a GPU.
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
-    sources = glob("csrc/*.cpp") + (glob("csrc/cuda/*.c*") if cuda else [])
+    sources = [*glob("csrc/*.cpp"), *glob("csrc/data_path/*.cpp")]
+    sources += glob("csrc/cuda/*.c*") if cuda else []
+    macros = [("BERT_FAST_X86", None)] if is_x86() else []
+    if cuda:
+        macros.append(("BERT_FAST_CUDA", None))
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     module = make(
         "bert_fast._C",
         sources,
         include_dirs=[str(ROOT / "csrc" / "include")],
-        define_macros=[("BERT_FAST_X86", None)] if is_x86() else [],
-        depends=glob("csrc/include/*.h"),
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "--Werror=all-warnings"]},
+        define_macros=macros,
+        depends=glob("csrc/include/*.*"),
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

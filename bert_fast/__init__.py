@@ -12,6 +12,7 @@ from bert_fast.heads import (
     BertForTokenClassification,
 )
 from bert_fast.model import BertModel
+from bert_fast.ops.products import cpu_library, set_cpu_library
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.report import report
 from bert_fast.tokenizer import BertTokenizer
@@ -32,5 +33,7 @@ __all__ = [
     "BertTokenizer",
     "Encoder",
     "__version__",
+    "cpu_library",
     "report",
+    "set_cpu_library",
 ]

@@ -1,6 +1,5 @@
 """What this machine offers bert_fast, what is missing, and whether the ops give right answers."""
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast import ops, reference
+from bert_fast import extension, ops, reference
+from bert_fast.ops import products
 
 _SHOWN = ("torch", "triton", "numpy", "tokenizers", "safetensors", "transformers")
 _INSTALL_EXTENSION = "pip install --no-build-isolation . (in the source, with torch installed)"
@@ -84,18 +84,18 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at versions, devices and implementations, and try every op on every device."""
     devices, no_gpu = _devices()
-    extension = _extension()
+    compiled = _extension()
     required, extras = _requirements()
     kinds = sorted({name.partition(":")[0] for name in devices})
     checks = [c for name in devices for c in check_ops(name)]
     problems = [*required, *(f"{c.op} on {c.device}: {c.problem}" for c in checks if c.problem)]
-    if not extension["loaded"] and extension["built"]:
-        problems.append(f"{extension['reason']}; build it again: {extension['install']}")
+    if not compiled["loaded"] and compiled["built"]:
+        problems.append(f"{compiled['reason']}; build it again: {compiled['install']}")
     return Diagnosis(
         versions=_versions(),
         devices=devices,
         no_gpu=no_gpu,
-        extension=extension,
+        extension=compiled,
         ops={
             kind: {op: by[kind]._asdict() for op, by in sorted(ops.implementations().items())}
             for kind in kinds
@@ -168,6 +168,7 @@ def _devices() -> tuple[dict[str, dict[str, Any]], str]:
             "cores": len(affinity(0)) if affinity else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
+            "products": _products(),
         }
     }
     driver = _driver()
@@ -190,6 +191,13 @@ def _devices() -> tuple[dict[str, dict[str, Any]], str]:
             "driver": driver,
         }
     return devices, ""
+
+
+def _products() -> str:
+    """Say which library multiplies fp32 matrices on the CPU, and how it was found."""
+    chosen, times = products.cpu_library(), products.library_times()
+    measured = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+    return f"by {chosen} ({measured})" if measured else f"by {chosen}"
 
 
 def _cpu_model() -> str:
@@ -219,13 +227,9 @@ def _extension() -> dict[str, Any]:
         install = "; ".join([*needs, _INSTALL_EXTENSION])
         reason = "the C++ extension is not built"
         return {"built": False, "loaded": False, "reason": reason, "install": install}
-    try:
-        importlib.import_module("bert_fast._C")
-    except ImportError as error:
-        reason = f"the C++ extension does not load: {error}"
-        found = {"built": True, "loaded": False, "reason": reason}
-        return found | {"install": _INSTALL_EXTENSION}
-    return {"built": True, "loaded": True, "reason": "", "install": ""}
+    compiled, reason = extension.load()
+    install = _INSTALL_EXTENSION if compiled is None else ""
+    return {"built": True, "loaded": not install, "reason": reason, "install": install}
 
 
 # --- self-check ----------------------------------------------------------------------------------
@@ -340,10 +344,10 @@ def _page(found: Diagnosis) -> Iterator[str]:
     if found.no_gpu:
         yield f"  {'no GPU':<13} {found.no_gpu}"
     yield "extension"
-    extension = found.extension
-    yield f"  {'bert_fast._C':<13} {'loaded' if extension['loaded'] else extension['reason']}"
-    if extension["install"]:
-        yield f"  {'to build it':<13} {extension['install']}"
+    compiled = found.extension
+    yield f"  {'bert_fast._C':<13} {'loaded' if compiled['loaded'] else compiled['reason']}"
+    if compiled["install"]:
+        yield f"  {'to build it':<13} {compiled['install']}"
     for kind, served in found.ops.items():
         yield f"ops on {kind}"
         width = max(map(len, served))

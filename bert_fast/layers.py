@@ -7,6 +7,7 @@ class (LoRA, quantised) or has hooks is called as it is, on packed rows; the res
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops, reference
@@ -17,7 +18,8 @@ from bert_fast.packing import Layout, PackedBatch
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Return whether reading the module's parameters does what calling it would."""
     weight = module._parameters.get("weight")
-    if weight is not None and type(weight) not in (nn.Parameter, Tensor):  # quantised, say
+    # a quantised one, say, is another; a FakeTensor stands for a plain one in torch.export
+    if weight is not None and type(weight) not in (nn.Parameter, Tensor, FakeTensor):
         return False
     return type(module) is cls and not (
         "forward" in module.__dict__  # set on the instance, as accelerate does to offload weights
@@ -150,7 +152,9 @@ class BertSelfAttention(nn.Module):
         qkv = self._project(x)
         p = dropout_p(self.dropout, seed)
         dropout = {"p": p, "seed": seed, "site": self.site}
-        context = ops.attention(qkv, layout.cu_seqlens, layout.max_len, **dropout, work=layout.work)
+        context = ops.attention(
+            qkv, layout.cu_seqlens, layout.max_len, **dropout, work=layout.work, checked=True
+        )
         probs = attention_probs(qkv, layout, p, seed, self.site) if output_attentions else None
         return context.flatten(1), probs
 

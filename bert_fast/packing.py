@@ -186,7 +186,7 @@ def pack(
             f" got {longest}"
         )
     columns = layout.columns() if positions is None else layout.gather(positions)
-    if layout.cu_seqlens.is_cuda:
+    if layout.cu_seqlens.is_cuda and layout.work is None:
         layout = replace(layout, work=ops.work_list(layout.cu_seqlens, layout.num_tokens))
     return PackedBatch(
         **vars(layout),
@@ -249,11 +249,15 @@ def _masked_layout(mask: Tensor, shape: tuple[int, int]) -> Layout:
                 " NaN (an additive mask?)"
             )
         mask = mask > 0
-    rows, cu_seqlens, max_len = ops.unpad(mask)
+    work = None
+    if mask.is_cuda:
+        rows, cu_seqlens, work, max_len = ops.unpad_work(mask)
+    else:
+        rows, cu_seqlens, max_len = ops.unpad(mask)
     if compiling:  # a bound is enough, and reading max_len would break the graph
-        return Layout(shape, cu_seqlens, shape[1], rows)
+        return Layout(shape, cu_seqlens, shape[1], rows, work=work)
     full = rows.shape[0] == shape[0] * shape[1]
-    return Layout(shape, cu_seqlens, int(max_len), None if full else rows)
+    return Layout(shape, cu_seqlens, int(max_len), None if full else rows, work=work)
 
 
 def _packed_layout(

@@ -8,7 +8,7 @@ and dS. Rows past cu_seqlens[-1] belong to nobody: attention leaves 0 there.
 The whole encoder on padded batches, built from none of these ops, is in `reference_model.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -47,10 +47,12 @@ def add_layer_norm(
     seed: Tensor | None,
     site: int,
     out_dtype: torch.dtype,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (y, z, mean, rstd) of y = LayerNorm(z), z = dropout(x + bias) + residual, rows (T, D).
 
-    Without bias, dropout and residual z would be x: it is empty then.
+    Without bias, dropout and residual z would be x: it is empty then. Unless `save`, all but y are
+    empty: only a backward pass needs them.
     """
     wide = _wide_dtype(x, w)
     z = x.to(wide)
@@ -63,8 +65,9 @@ def add_layer_norm(
         z = z + residual
     y, mean, rstd = torch.native_layer_norm(z, w.shape, w.to(z.dtype), b.to(z.dtype), eps)
     is_x = bias is None and residual is None and factors is None
-    z = z.new_empty(0, dtype=out_dtype) if is_x else z.to(out_dtype)
-    return y.to(out_dtype), z, mean[:, 0], rstd[:, 0]
+    z = z.new_empty(0, dtype=out_dtype) if is_x or not save else z.to(out_dtype)
+    mean, rstd = (s[:, 0] if save else s.new_empty(0) for s in (mean, rstd))
+    return y.to(out_dtype), z, mean, rstd
 
 
 def _layer_norm_bwd(
@@ -123,19 +126,21 @@ def embed(
     seed: Tensor | None,
     site: int,
     out_dtype: torch.dtype,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (y, z, mean, rstd) of y = dropout(LayerNorm(z)), z the sum of three table rows.
 
-    Without tokens, `word` holds one row per token already.
+    Without tokens, `word` holds one row per token already. Unless `save`, all but y are empty.
     """
     rows = word if tokens is None else word[tokens]
     rows, table, kinds = _wide(rows, position, type_)
     z = rows + kinds[types] + table[positions]
-    y, _, mean, rstd = add_layer_norm(z, None, None, w, b, eps, 0.0, None, 0, z.dtype)
+    y, _, mean, rstd = add_layer_norm(z, None, None, w, b, eps, 0.0, None, 0, z.dtype, save)
     factors = row_dropout(y, p, seed, site)
     if factors is not None:
         y = y * factors
-    return y.to(out_dtype), z.to(out_dtype), mean, rstd
+    z = z.to(out_dtype) if save else z.new_empty(0, dtype=out_dtype)
+    return y.to(out_dtype), z, mean, rstd
 
 
 def embed_bwd(
@@ -227,10 +232,12 @@ def linear_bwd(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tens
     )
 
 
-def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
-    """Return (activation(h), h) with h = x w^T + b."""
+def linear_gelu(
+    x: Tensor, w: Tensor, b: Tensor | None, name: str, save: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return (activation(h), h) with h = x w^T + b; unless `save`, h is empty."""
     h = F.linear(x, w, b)
-    return bias_gelu(h, None, name), h
+    return bias_gelu(h, None, name), h if save else h.new_empty(0)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -338,12 +345,18 @@ def attention_bwd(
 
 
 def linear_cross_entropy(
-    x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, with_grad: bool
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    labels: Tensor,
+    with_grad: bool,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, dx, dw, db): the cross entropy of x w^T + b summed over the labelled rows.
 
     The logits are made a few rows at a time and never held whole; the gradients for a loss
-    gradient of 1 come out of the same pass. Without `with_grad` they are empty.
+    gradient of 1 come out of the same pass. Without `with_grad` they are empty. `linear` computes
+    the products with w.
     """
     N, V = x.shape[0], w.shape[0]
     wide = _wide_dtype(x)
@@ -356,7 +369,7 @@ def linear_cross_entropy(
     rows = max(1, _CHUNK_LOGITS // V)
     for first in range(0, N, rows):
         part, target = x[first : first + rows], labels[first : first + rows]
-        logits = F.linear(part, w, b).to(wide)
+        logits = linear(part, w, b).to(wide)
         loss = loss + F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE)
         if with_grad:
             labelled = target != IGNORE
@@ -366,7 +379,7 @@ def linear_cross_entropy(
             d_logits = torch.where(labelled[:, None], d_logits, 0)
             db += d_logits.sum(0)
             d_logits = d_logits.to(x.dtype)
-            dx[first : first + rows] = d_logits @ w
+            dx[first : first + rows] = linear(d_logits, w.T, None)
             dw += d_logits.T @ part
     if with_grad:
         dw, db = dw.to(w.dtype), db.to(w.dtype)

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "data_path.h"
+
 #define CPU_CAPABILITY DEFAULT
 #include "cpu_ops.h"
 #undef CPU_CAPABILITY
@@ -21,7 +23,16 @@
 #endif
 
 // The operators of the CPU, by their schemas' names.
-#define FOR_EACH_CPU_OP(OP) OP(unpad)
+#define FOR_EACH_CPU_OP(OP)                                                                    \
+  OP(adamw_) OP(add_layer_norm) OP(add_layer_norm_bwd) OP(attention) OP(attention_bwd)         \
+  OP(bias_gelu) OP(bias_gelu_bwd) OP(embed) OP(embed_bwd) OP(grad_norm) OP(lamb_) OP(linear_gelu) \
+  OP(unpad)
+
+#ifdef BERT_FAST_CUDA
+namespace bert_fast::cuda {
+std::vector<std::string> ops();  // cuda/bindings.cpp
+}
+#endif
 
 namespace {
 
@@ -57,5 +68,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_ops", [] { return std::vector<std::string>{FOR_EACH_CPU_OP(NAME)}; },
       "Names of the operators whose CPU implementation this module registers.");
+  m.def(
+      "cuda_ops",
+      [] {
+#ifdef BERT_FAST_CUDA
+        return bert_fast::cuda::ops();
+#else
+        return std::vector<std::string>{};
+#endif
+      },
+      "Names of the operators whose CUDA implementation this module registers.");
   m.def("cpu_capability", &capability, "The instruction set they use: DEFAULT, AVX2 or AVX512.");
+  bind_data_path(m);
 }

@@ -138,10 +138,11 @@ def kernels_on_cpu() -> Iterator[None]:
 
 
 def raw(name: str, **arguments: Any) -> Any:
-    """Call the operator with those of the arguments that its schema names."""
+    """Call the operator with those of the arguments that its schema names; others by default."""
     operator = getattr(torch.ops.bert_fast, name).default
-    names = [a.name for a in operator._schema.arguments]
-    return operator(*(arguments[n] for n in names))
+    known = operator._schema.arguments
+    names = [a.name for a in known if a.name in arguments or not a.has_default_value()]
+    return operator(**{n: arguments[n] for n in names})
 
 
 # --- which programs run, and in which order ------------------------------------------------------

@@ -282,14 +282,14 @@ LINEAR_MUTANTS = [
     ),
     linear_op(
         "linear: bias twice before the activation",
-        "return bias_gelu_fwd(h, None, activation), h",
-        "return bias_gelu_fwd(h, b, activation), h",
+        "(bias_gelu_fwd(h, None, activation), h)",
+        "(bias_gelu_fwd(h, b, activation), h)",
         "test_kernel_shapes and gelu and bias and float32 and 37",
     ),
     linear_op(
         "linear: derivative at the activation's result",
-        "return bias_gelu_fwd(h, None, activation), h",
-        "return bias_gelu_fwd(h, None, activation), bias_gelu_fwd(h, None, activation)",
+        "(bias_gelu_fwd(h, None, activation), h)",
+        "(bias_gelu_fwd(h, None, activation), bias_gelu_fwd(h, None, activation))",
         "test_kernel_shapes and gelu and bias and float32 and 37",
     ),
 ]

@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # a module imports only what stands above its own line; a package also itself
-    ("batch_encoding", "files"),
-    ("config", "names", "outputs", "reference_dropout", "tensor_bundle", "tokenizer", "data"),
-    ("_C", "kernels", "reference", "reference_model", "weights"),
+    ("_C",),
+    ("batch_encoding", "extension", "files", "reference_dropout"),
+    ("config", "names", "outputs", "tensor_bundle", "tokenizer", "data"),
+    ("kernels", "reference", "reference_model", "reference_optimizer", "weights"),
     ("checkpoint",),
     ("ops",),
     ("packing",),

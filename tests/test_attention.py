@@ -45,7 +45,10 @@ def many_lengths(longest: int) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formula(shape, slack, data, dtype, device):
     lengths, H, K = shape
-    check(attention_case(lengths, H, K, slack=slack, data=data).to(dtype, device), norm=1.5)
+    # of few keys one score's rounding decides over a row: the baseline may have a small one by luck
+    few = max(lengths, default=0) < 8
+    case = attention_case(lengths, H, K, slack=slack, data=data).to(dtype, device)
+    check(case, norm=4.0 if few else 1.5, largest=4.0 if few else 2.0)
 
 
 @every_dtype

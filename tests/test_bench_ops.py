@@ -50,7 +50,9 @@ def test_the_names_are_those_of_the_ledger():
 
 
 def test_every_op_has_a_row_named_after_it():
-    assert {row.op for row in rows.ROWS.values()} == set(implementations())
+    # a step is no function of tensors to tensors; unpad_work is the two others in one
+    others = {"adamw_", "grad_norm", "lamb_", "unpad_work"}
+    assert {row.op for row in rows.ROWS.values()} == set(implementations()) - others
     for name, row in rows.ROWS.items():
         assert row.op == {"layer_norm": "add_layer_norm"}.get(name, name.split()[0])
         assert ("dropout" in name) == (row.p > 0)

@@ -32,7 +32,8 @@ def test_a_healthy_machine():
     assert found.extension["loaded"] == (not found.extension["reason"])
     served = {c.op for c in found.checks}
     ours = {op.removeprefix("bias_") for op in ops.implementations() if not op.endswith("_bwd")}
-    assert served == ours - {"work_list"}  # which only a GPU's attention reads
+    of_gpus = {"work_list", "unpad_work"}
+    assert served == ours - of_gpus - {"adamw_", "grad_norm", "lamb_"}  # these have a test's truth
     assert all(c.problem == "" and c.error < 1e-5 for c in found.checks)
 
 
@@ -95,10 +96,8 @@ def test_an_extension_that_is_not_built(monkeypatch):
 def test_an_extension_that_does_not_load(monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
 
-    def broken(name):
-        raise ImportError("undefined symbol: _ZN")
-
-    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    reason = "the C++ extension does not load: undefined symbol: _ZN"
+    monkeypatch.setattr(doctor.extension, "load", lambda: (None, reason))
     (problem,) = diagnose().problems
     assert problem.startswith("the C++ extension does not load: undefined symbol: _ZN; build it")
 

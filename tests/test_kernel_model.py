@@ -252,7 +252,10 @@ class Called(TorchDispatchMode):
 
 def test_every_op_has_a_kernel():
     """But those that need none, as their constant says."""
-    assert registry.implementations().keys() - registry.kernels.keys() == WITHOUT_KERNEL
+    # csrc's where it is built with CUDA, else PyTorch's operators
+    others = {"adamw_", "grad_norm", "lamb_", "unpad_work"}
+    kernels = registry.kernels.keys() | others
+    assert registry.implementations().keys() - kernels == WITHOUT_KERNEL
     by_reference = {op for op, f in registry.kernels.items() if f.__module__ == reference.__name__}
     assert by_reference == {"linear"}  # PyTorch's product is what serves it
 

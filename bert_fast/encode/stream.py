@@ -21,6 +21,7 @@ from bert_fast.encode.peers import Peers, ranks
 from bert_fast.encode.readers import STDIN, Reader, Row
 from bert_fast.encode.work import Work
 from bert_fast.encode.writers import Rows, Writer, check_output, writer_of
+from bert_fast.ops.products import cpu_library, fixed_cpu_library
 
 CHUNK = 1024
 _CHUNK_CHARACTERS = 8_000_000  # a chunk ends with the text that reaches this
@@ -192,11 +193,12 @@ def encode_file(
         encode = _Encode(encoder, settings, writer, names)
         parts: list[str] = []
         rows = encoded = 0
-        done = work.begin(manifest, peers)
+        done = work.begin(manifest, peers, lambda: {"cpu_library": cpu_library()})
         for part in _chunks(readers, chunk):
             name = part.part()
             if not done and part.number % world == rank and not work.has(name):
-                work.keep(name, encode(part))
+                with fixed_cpu_library(work.measured["cpu_library"]):
+                    work.keep(name, encode(part))
                 encoded += len(part.rows)
             parts.append(name)
             rows += len(part.rows)

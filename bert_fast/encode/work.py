@@ -22,6 +22,7 @@ from bert_fast.encode.readers import STDIN
 from bert_fast.files import read_json, staged
 
 MANIFEST, PUBLISHING, JOINED, LOCK = "manifest.json", "publishing.json", "joined", "lock"
+_MEASURED = "measured"
 _OURS = re.compile(r"manifest\.json|publishing\.json|joined|lock|(part|process)-.*|\..*\.tmp")
 
 
@@ -31,12 +32,14 @@ class Work:
     Attributes:
         path: the directory.
         target: the output.
+        measured: what was measured where the work began; see `begin`.
     """
 
     def __init__(self, target: Path, sources: Sequence[str], overwrite: bool) -> None:
         """Name the directory; see `begin`."""
         self.path, self.target = target.with_name(f"{target.name}.parts"), target
         self._sources, self._overwrite = sources, overwrite
+        self.measured: dict[str, Any] = {}
         self._lock: BinaryIO | None = None
 
     def check(self) -> None:
@@ -53,8 +56,16 @@ class Work:
         if self.target.exists() and not self._overwrite and self._published() is None:
             raise FileExistsError(f"{self.target}: is there already; --overwrite replaces it")
 
-    def begin(self, manifest: dict[str, Any], peers: Peers) -> bool:
+    def begin(
+        self, manifest: dict[str, Any], peers: Peers, measure: Callable[[], dict[str, Any]] = dict
+    ) -> bool:
         """Make the directory, or take up the work in it; return whether all is done already.
+
+        Args:
+            manifest: what decides the vectors; of another work nothing is taken up.
+            peers: the processes that share it.
+            measure: called where the work begins; what it returns is `measured` in every process
+                and in every run that goes on with the work.
 
         Raises:
             ValueError: it belongs to a work with other arguments.
@@ -62,8 +73,9 @@ class Work:
         """
         self.check()
         found = self._manifest()
-        if found is not None and found != manifest and not self._overwrite:
-            other = sorted(k for k in found.keys() | manifest if found.get(k) != manifest.get(k))
+        if found is not None and not _is_of(manifest, found) and not self._overwrite:
+            keys = (found.keys() | manifest) - {_MEASURED}
+            other = sorted(k for k in keys if found.get(k) != manifest.get(k))
             raise ValueError(
                 f"{self.path}: holds the work of a run with another {', '.join(other)};"
                 " run that again, or discard it with --overwrite"
@@ -71,9 +83,10 @@ class Work:
         if self._is_done(manifest):
             return True
         if peers.rank:
-            peers.wait(lambda: self._manifest() == manifest, of=[0])
+            peers.wait(lambda: _is_of(manifest, self._manifest()), of=[0])
         else:
-            self._take(manifest, found)
+            self._take(manifest, found, measure)
+        self.measured = (self._manifest() or {}).get(_MEASURED, {})
         return False
 
     def has(self, part: str) -> bool:
@@ -123,18 +136,24 @@ class Work:
         """Return whether the work goes on."""
         return (self.path / MANIFEST).exists()
 
-    def _take(self, manifest: dict[str, Any], found: dict[str, Any] | None) -> None:
+    def _take(
+        self,
+        manifest: dict[str, Any],
+        found: dict[str, Any] | None,
+        measure: Callable[[], dict[str, Any]],
+    ) -> None:
         """What the first process does: hold the directory, and make it that of this work."""
         self.path.mkdir(exist_ok=True)
         for name in os.listdir(self.path):
             if not _OURS.fullmatch(name):
                 raise FileExistsError(f"{self.path}: holds {name}, which is of no encoding")
         self._hold()
-        if found != manifest:
+        if not _is_of(manifest, found):
             for path in self.path.iterdir():
                 if path.name != LOCK and not path.name.startswith("process-"):
                     path.unlink(missing_ok=True)
-            self.keep(MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            text = json.dumps(manifest | {_MEASURED: measure()}, indent=1)
+            self.keep(MANIFEST, [text.encode()])
 
     def _hold(self) -> None:
         """Keep other runs out for as long as this process lives."""
@@ -159,9 +178,14 @@ class Work:
 
     def _is_done(self, manifest: dict[str, Any]) -> bool:
         """Return whether the output is in its place, and of the inputs as they are now."""
-        inputs = self._inputs()
-        made = self._published() == {"manifest": manifest, "inputs": inputs} and None not in inputs
-        return made and self.target.exists() and not (self.path / JOINED).exists()
+        inputs, published = self._inputs(), self._published() or {}
+        made = _is_of(manifest, published.get("manifest")) and published.get("inputs") == inputs
+        return (
+            made
+            and None not in inputs
+            and self.target.exists()
+            and not (self.path / JOINED).exists()
+        )
 
     def _inputs(self) -> list[list[int] | None]:
         """Size and time of each input; of one that is no file, as a pipe, nothing is known."""
@@ -173,6 +197,11 @@ class Work:
                 stat = os.stat(source)
                 found[-1] = [stat.st_size, stat.st_mtime_ns]
         return found
+
+
+def _is_of(manifest: dict[str, Any], found: dict[str, Any] | None) -> bool:
+    """Return whether what is found is the manifest of this work."""
+    return found is not None and {k: v for k, v in found.items() if k != _MEASURED} == manifest
 
 
 def _read(directory: Path, name: str) -> dict[str, Any] | None:

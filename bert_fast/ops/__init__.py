@@ -12,25 +12,30 @@ from bert_fast.ops.embedding import embed
 from bert_fast.ops.gelu import ACTIVATIONS, gelu
 from bert_fast.ops.layer_norm import add_layer_norm, layer_norm
 from bert_fast.ops.linear import linear, linear_gelu
+from bert_fast.ops.optimizer import adamw_, grad_norm, lamb_
 from bert_fast.ops.registry import Implementation, implementations, is_autocast
-from bert_fast.ops.unpad import unpad
+from bert_fast.ops.unpad import unpad, unpad_work
 from bert_fast.ops.work_list import work_list
 
 __all__ = [
     "ACTIVATIONS",
     "Checks",
     "Implementation",
+    "adamw_",
     "add_layer_norm",
     "attention",
     "check_cu_seqlens",
     "embed",
     "gelu",
+    "grad_norm",
     "implementations",
     "is_autocast",
+    "lamb_",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
     "unpad",
+    "unpad_work",
     "work_list",
 ]

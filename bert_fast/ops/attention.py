@@ -176,6 +176,7 @@ def attention(
     site: int = 0,
     work: Tensor | None = None,
     slack: bool = False,
+    checked: bool = False,
 ) -> Tensor:
     """Bidirectional attention within each packed sequence, dropout on the probabilities.
 
@@ -190,6 +191,8 @@ def attention(
         site: number of this dropout in the model.
         work: `work_list` of cu_seqlens and T, so that not every layer makes it; only a GPU uses it.
         slack: whether there may be rows past the last sequence; their result is 0.
+        checked: whether the values of cu_seqlens are known to fit, as `pack` makes them, so that
+            not every layer looks at each.
 
     Returns:
         (T, H, K) in the dtype of qkv; under autocast qkv is cast first, as eager's. Softmax in
@@ -207,7 +210,7 @@ def attention(
     check.shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, K)")
     check.dtype("cu_seqlens", cu_seqlens, torch.int32)
     T = checks.size(qkv, 0)
-    check_cu_seqlens(check, "cu_seqlens", cu_seqlens, T, max_len, slack)
+    check_cu_seqlens(check, "cu_seqlens", cu_seqlens, None if checked else T, max_len, slack)
     check.same("device", qkv=qkv, cu_seqlens=cu_seqlens, work=work)
     check.dtype("work", work, torch.int32)
     B = cu_seqlens.numel() - 1

@@ -40,11 +40,18 @@ class Checks:
 
     def same(self, what: str, **tensors: Tensor | None) -> None:
         """The tensors agree in `what`: "dtype" or "device"."""
-        given = {name: getattr(t, what) for name, t in tensors.items() if t is not None}
-        if len(set(given.values())) > 1:
-            got = ", ".join(f"{name} {value}" for name, value in given.items())
-            error = TypeError if what == "dtype" else ValueError
-            self.note(f"want one {what} for all, got {got}", error)
+        first = None
+        for t in tensors.values():  # plain loops: a forward makes some hundred of these checks
+            value = None if t is None else getattr(t, what)
+            if first is None:
+                first = value
+            elif value is not None and value != first:
+                break
+        else:
+            return
+        got = ", ".join(f"{n} {getattr(t, what)}" for n, t in tensors.items() if t is not None)
+        error = TypeError if what == "dtype" else ValueError
+        self.note(f"want one {what} for all, got {got}", error)
 
     def shape(
         self, name: str, t: Tensor | None, want: tuple[int | None, ...], letters: str
@@ -52,11 +59,15 @@ class Checks:
         """The tensor has the shape `want`, where None stands for any size."""
         if t is None:
             return
-        if t.ndim != len(want) or any(
-            w is not None and w != s for w, s in zip(want, t.shape, strict=True)
-        ):
-            wanted = "[" + ", ".join("*" if w is None else str(w) for w in want) + "]"
-            self.note(f"{name}: want {letters} {wanted}, got {[*t.shape]}")
+        shape = t.shape
+        if len(shape) == len(want):
+            for w, s in zip(want, shape, strict=True):
+                if w is not None and w != s:
+                    break
+            else:
+                return
+        wanted = "[" + ", ".join("*" if w is None else str(w) for w in want) + "]"
+        self.note(f"{name}: want {letters} {wanted}, got {[*shape]}")
 
     def range(self, name: str, ids: Tensor, size: int, ignore: int | None = None) -> None:
         """0 <= ids < size, or equal to `ignore`; looks at CPU tensors only.

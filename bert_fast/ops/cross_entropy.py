@@ -1,12 +1,13 @@
 """Masked-LM projection and loss, without holding the logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import checks, registry
+from bert_fast.ops import checks, products, registry
 
 
 def _fake(
@@ -32,6 +33,8 @@ _fwd = registry.register(
     reference=reference.linear_cross_entropy,
     fake=_fake,
     cuda=_fwd_cuda,
+    cpu=partial(reference.linear_cross_entropy, linear=products.linear),
+    compiled=False,
 )
 
 

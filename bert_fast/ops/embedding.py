@@ -24,13 +24,15 @@ def _fwd_fake(
     seed: Tensor | None,
     site: int,
     out_dtype: torch.dtype,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, D = position_ids.shape[0], word.shape[1]
     wide = functools.reduce(torch.promote_types, (t.dtype for t in (word, position, type_, w)))
     wide = torch.promote_types(wide, torch.float32)
-    rows = (word.new_empty(T, D, dtype=out_dtype) for _ in range(2))
-    stats = (word.new_empty(T, dtype=wide) for _ in range(2))
-    return *rows, *stats
+    y = word.new_empty(T, D, dtype=out_dtype)
+    z = word.new_empty((T, D) if save else (0,), dtype=out_dtype)
+    mean, rstd = (word.new_empty(T if save else 0, dtype=wide) for _ in range(2))
+    return y, z, mean, rstd
 
 
 def _bwd_fake(
@@ -54,7 +56,7 @@ def _bwd_fake(
 def _fwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bert_fast.kernels.embedding import embed_fwd
 
-    return embed_fwd(*args)
+    return registry.saved(embed_fwd(*args[:13]), *args[13:])
 
 
 def _bwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -66,7 +68,8 @@ def _bwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 _fwd = registry.register(
     "embed(Tensor? input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,"
     " Tensor position, Tensor type_, Tensor w, Tensor b, float eps, float p, Tensor? seed,"
-    " int site, ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    " int site, ScalarType out_dtype, bool save=True)"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     reference=reference.embed,
     fake=_fwd_fake,
     cuda=_fwd_cuda,
@@ -190,4 +193,4 @@ def embed(
     if registry.needs_grad(op, word, position, type_, w, b):
         pad_id = -1 if pad_id is None else pad_id
         return _Embed.apply(*inputs, pad_id, p, seed, site, out_dtype)
-    return _fwd(*inputs, p, seed, site, out_dtype)[0]
+    return _fwd(*inputs, p, seed, site, out_dtype, False)[0]

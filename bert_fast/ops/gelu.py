@@ -30,7 +30,7 @@ def _bwd_cuda(dy: Tensor, x: Tensor, b: Tensor | None, activation: str) -> tuple
     return bias_gelu_bwd(dy, x, b, activation)
 
 
-_fwd = registry.register(
+bias_gelu = registry.register(
     "bias_gelu(Tensor x, Tensor? b, str activation) -> Tensor",
     reference=reference.bias_gelu,
     fake=_fwd_fake,
@@ -49,7 +49,7 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, b: Tensor | None, activation: str) -> Tensor:
         ctx.save_for_backward(x, b)
         ctx.activation = activation
-        return _fwd(x, b, activation)
+        return bias_gelu(x, b, activation)
 
     @staticmethod
     @registry.first_order("gelu")
@@ -93,4 +93,4 @@ def gelu(x: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor
     x, b = x.contiguous(), None if b is None else b.contiguous()
     if registry.needs_grad(op, x, b):
         return _BiasGelu.apply(x, b, activation)
-    return _fwd(x, b, activation)
+    return bias_gelu(x, b, activation)

@@ -20,14 +20,15 @@ def _fwd_fake(
     seed: Tensor | None,
     site: int,
     out_dtype: torch.dtype,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float32
     for t in (x, bias, residual, w):
         wide = wide if t is None else torch.promote_types(wide, t.dtype)
     is_x = bias is None and residual is None and p == 0
     y = x.new_empty(x.shape, dtype=out_dtype)
-    z = x.new_empty((0,) if is_x else x.shape, dtype=out_dtype)
-    mean, rstd = (x.new_empty(x.shape[0], dtype=wide) for _ in range(2))
+    z = x.new_empty((0,) if is_x or not save else x.shape, dtype=out_dtype)
+    mean, rstd = (x.new_empty(x.shape[0] if save else 0, dtype=wide) for _ in range(2))
     return y, z, mean, rstd
 
 
@@ -52,7 +53,7 @@ def _bwd_fake(
 def _fwd_cuda(*args: Any) -> tuple[Tensor, ...]:
     from bert_fast.kernels.layer_norm import add_layer_norm_fwd
 
-    return add_layer_norm_fwd(*args)
+    return registry.saved(add_layer_norm_fwd(*args[:10]), *args[10:])
 
 
 def _bwd_cuda(*args: Any) -> tuple[Tensor, ...]:
@@ -63,7 +64,7 @@ def _bwd_cuda(*args: Any) -> tuple[Tensor, ...]:
 
 _fwd = registry.register(
     "add_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor w, Tensor b, float eps,"
-    " float p, Tensor? seed, int site, ScalarType out_dtype)"
+    " float p, Tensor? seed, int site, ScalarType out_dtype, bool save=True)"
     " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     reference=reference.add_layer_norm,
     fake=_fwd_fake,
@@ -171,7 +172,7 @@ def add_layer_norm(
     args = x, bias, residual, w, b, eps, p, seed if p > 0 else None, site, out_dtype
     if registry.needs_grad(op, x, bias, residual, w, b):
         return _AddLayerNorm.apply(*args)
-    return _fwd(*args)[0]
+    return _fwd(*args, False)[0]
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-12) -> Tensor:

@@ -1,7 +1,8 @@
 """x w^T + b, alone and followed by an activation.
 
 On a GPU the products are cuBLAS's, through PyTorch, and stay so until one of ours with an epilogue
-is measurably faster. The activation and the sums over rows are kernels.
+is measurably faster. The activation and the sums over rows are kernels. On the CPU the products are
+the better library's (products.py).
 """
 
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import checks, registry
-from bert_fast.ops.gelu import bias_gelu_bwd, check_activation
+from bert_fast.ops import checks, products, registry
+from bert_fast.ops.gelu import bias_gelu, bias_gelu_bwd, check_activation
 
 
 def _fwd_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -24,8 +25,10 @@ def _bwd_fake(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tenso
     return dx, dw, db
 
 
-def _gelu_fake(x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    return _fwd_fake(x, w, b), _fwd_fake(x, w, b)
+def _gelu_fake(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
+) -> tuple[Tensor, Tensor]:
+    return _fwd_fake(x, w, b), _fwd_fake(x, w, b) if save else x.new_empty(0)
 
 
 def _bwd_cuda(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,11 +39,31 @@ def _bwd_cuda(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tenso
     return dx, dw, db
 
 
-def _gelu_cuda(x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+def _gelu_cuda(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
+) -> tuple[Tensor, Tensor]:
     from bert_fast.kernels.gelu import bias_gelu_fwd
 
     h = reference.linear(x, w, b)
-    return bias_gelu_fwd(h, None, activation), h
+    return registry.saved((bias_gelu_fwd(h, None, activation), h), save)
+
+
+def _fwd_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return products.linear(x, w.contiguous(), b)
+
+
+def _bwd_cpu(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """The library of the forward product for dx; for dw BLAS, which need not transpose first."""
+    dx = products.linear(dy, w.contiguous().T, None) if need[0] else x.new_empty(0)
+    _, dw, db = reference.linear_bwd(dy, x, w, [False, *need[1:]])
+    return dx, dw, db
+
+
+def _gelu_cpu(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
+) -> tuple[Tensor, Tensor]:
+    h = _fwd_cpu(x, w, b)
+    return registry.saved((bias_gelu(h, None, activation), h), save)
 
 
 _fwd = registry.register(
@@ -49,18 +72,24 @@ _fwd = registry.register(
     fake=_fwd_fake,
     cuda=reference.linear,
     by="cublas",
+    cpu=_fwd_cpu,
+    compiled=False,
 )
 _bwd = registry.register(
     "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw, Tensor db)",
     reference=reference.linear_bwd,
     fake=_bwd_fake,
     cuda=_bwd_cuda,
+    cpu=_bwd_cpu,
+    compiled=False,
 )
 _gelu_fwd = registry.register(
-    "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation) -> (Tensor y, Tensor h)",
+    "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation, bool save=True)"
+    " -> (Tensor y, Tensor h)",
     reference=reference.linear_gelu,
     fake=_gelu_fake,
     cuda=_gelu_cuda,
+    cpu=_gelu_cpu,
 )
 
 
@@ -110,11 +139,10 @@ def _check(
     check.shape("x", x, (None, checks.size(w, 1)), "(T, D)")
     check.shape("b", b, (checks.size(w, 0),), "(F,)")
     check.same("device", x=x, w=w, b=b)
-    if not registry.is_autocast(x.device.type):
-        check.same("dtype", x=x, w=w, b=b)
-    check.done()
-    x, w, b = registry.autocast(x, w, b)
-    check.same("dtype", x=x, w=w, b=b)  # autocast leaves fp64 as it is
+    if registry.is_autocast(x.device.type):
+        check.done()
+        x, w, b = registry.autocast(x, w, b)  # leaves fp64 as it is
+    check.same("dtype", x=x, w=w, b=b)
     check.done()
     return [x.contiguous(), w, b]
 
@@ -164,4 +192,4 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str =
     args = _check(op, x, w, b, activation)
     if registry.needs_grad(op, *args):
         return _LinearGelu.apply(*args, activation)
-    return _gelu_fwd(*args, activation)[0]
+    return _gelu_fwd(*args, activation, False)[0]

@@ -5,14 +5,14 @@ forward has 50 to 100 of them.
 """
 
 import functools
-import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bert_fast import extension
 
 _lib = torch.library.Library("bert_fast", "FRAGMENT")
 
@@ -29,20 +29,10 @@ class Implementation(NamedTuple):
     reason: str
 
 
-def _load_extension() -> tuple[frozenset[str], str]:
-    """Return the ops that csrc implements for the CPU, and why there are none."""
-    if importlib.util.find_spec("bert_fast._C") is None:
-        return frozenset(), "the C++ extension is not built"
-    try:
-        extension = importlib.import_module("bert_fast._C")
-    except ImportError as error:  # as after an upgrade of torch
-        reason = f"the C++ extension does not load: {error}"
-        warnings.warn(f"bert_fast: {reason}; build it again", stacklevel=2)
-        return frozenset(), reason
-    return frozenset(extension.cpu_ops()), ""
-
-
-_compiled, _no_extension = _load_extension()
+_extension, _no_extension = extension.load()
+_compiled = frozenset() if _extension is None else frozenset(_extension.cpu_ops())
+_compiled_cuda = frozenset() if _extension is None else frozenset(_extension.cuda_ops())
+_no_cuda_extension = _no_extension or "the C++ extension was built without CUDA"
 _no_triton = "" if importlib.util.find_spec("triton") else "Triton is not installed"
 _implementations: dict[str, dict[str, Implementation]] = {}
 kernels: dict[str, Callable[..., Any]] = {}  # what CUDA tensors run, by op
@@ -53,7 +43,8 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        tensors = (t for a in args for t in (a if isinstance(a, list) else (a,)))
+        device = next(t.device.type for t in tensors if isinstance(t, Tensor))
         if not is_autocast(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
@@ -70,6 +61,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     by: str = "triton",
     cpu: Callable[..., Any] | None = None,
+    compiled: bool = True,
 ) -> torch._ops.OpOverload:
     """Define an operator of the namespace bert_fast and return it.
 
@@ -79,28 +71,35 @@ def register(
             there is no Triton.
         fake: makes outputs of the right shape, dtype and device, for tracing.
         cuda: the implementation for a GPU, which imports kernels when called; None: none.
-        by: what `cuda` is made of: "triton", or "cublas" where PyTorch's product is all of it.
-        cpu: the implementation for the CPU by fused operators of PyTorch, unless csrc has one.
+        by: what `cuda` is made of: "triton", "cublas" where PyTorch's product is all of it, or
+            "pytorch", its fused operators. Where csrc serves CUDA, `cuda` is not used.
+        cpu: the implementation for the CPU by operators of PyTorch, unless csrc has one.
+        compiled: whether csrc is to have a faster one for the CPU.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
     eager = _without_autocast(reference)
-    if cuda is None:
+    if name in _compiled_cuda:
+        on_cuda = Implementation("csrc", "")
+    elif cuda is None:
         on_cuda = Implementation("reference", "there is no kernel for it")
         _lib.impl(name, eager, "CUDA")
     elif by == "triton" and _no_triton:
         on_cuda = Implementation("reference", _no_triton)
         _lib.impl(name, eager, "CUDA")
     else:
-        on_cuda = Implementation(by, "")
-        kernels[name] = _without_autocast(cuda)
-        _lib.impl(name, kernels[name], "CUDA")
+        on_cuda = Implementation(by, _no_cuda_extension if by == "pytorch" else "")
+        run = _without_autocast(cuda)
+        if by != "pytorch":
+            kernels[name] = run
+        _lib.impl(name, run, "CUDA")
     if name in _compiled:
         on_cpu = Implementation("csrc", "")
     else:
         _lib.impl(name, eager if cpu is None else _without_autocast(cpu), "CPU")
         served = "reference" if cpu is None else "pytorch"
-        on_cpu = Implementation(served, _no_extension or "csrc has no implementation of it")
+        reason = (_no_extension or "csrc has no implementation of it") if compiled else ""
+        on_cpu = Implementation(served, reason)
     _implementations[name] = {"cpu": on_cpu, "cuda": on_cuda}
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
     return getattr(torch.ops.bert_fast, name).default
@@ -109,6 +108,11 @@ def register(
 def implementations() -> dict[str, dict[str, Implementation]]:
     """Return, for each op by name, what serves it on "cpu" and "cuda"."""
     return {name: dict(by_device) for name, by_device in _implementations.items()}
+
+
+def saved(outputs: tuple[Tensor, ...], save: bool = True) -> tuple[Tensor, ...]:
+    """Return the outputs of a forward op; unless `save`, all but the first empty."""
+    return outputs if save else (outputs[0], *(t.new_empty(0) for t in outputs[1:]))
 
 
 # --- what every public function does first ------------------------------------------------------
