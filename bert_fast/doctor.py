@@ -220,6 +220,9 @@ def _driver() -> str | None:
 
 def _extension() -> dict[str, Any]:
     """Say whether bert_fast._C is built, is loaded, and what is missing to build it."""
+    compiled, reason = extension.load()
+    if compiled is None and os.environ.get("BERT_FAST_EXT") == "0":
+        return {"built": False, "loaded": False, "reason": reason, "install": ""}
     if importlib.util.find_spec("bert_fast._C") is None:
         needs = [f"pip install {name}" for name in ("ninja", "pybind11") if not _version(name)]
         if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++") if name):
@@ -227,7 +230,6 @@ def _extension() -> dict[str, Any]:
         install = "; ".join([*needs, _INSTALL_EXTENSION])
         reason = "the C++ extension is not built"
         return {"built": False, "loaded": False, "reason": reason, "install": install}
-    compiled, reason = extension.load()
     install = _INSTALL_EXTENSION if compiled is None else ""
     return {"built": True, "loaded": not install, "reason": reason, "install": install}
 

@@ -1,6 +1,8 @@
 """The encoder and pre-training cases, at a rehearsal's sizes, and the figures of the full ones."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import encoder
 import harness
@@ -9,7 +11,7 @@ import pytest
 import stages
 import torch
 from bench_cases import planted
-from gate import Gate
+from gate import NOT_ZEROS, Gate, RefusedError
 from record import Run
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,6 +68,70 @@ def test_a_wrong_model_is_never_timed(name, op, wrong, tmp_path):
     assert rows["bert_fast"]["state"] == "refused"
     assert not {"wall", "device", "rate"} & set(rows["bert_fast"])
     assert "measured" in [row["state"] for row in rows.values()]
+
+
+def relu_for_gelu(x, w, b, *rest):
+    h = torch.nn.functional.linear(x, w, b)
+    return h.relu(), h
+
+
+def off_by(share):
+    """The answers of a bf16 model with noise of so much of their norm."""
+
+    def answer(truth, batch):
+        y = truth(batch)["hidden"]
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+        return {"hidden": y * (1 + share * noise)}
+
+    return answer
+
+
+@pytest.mark.parametrize("name", ["cpu 8x128 bf16", "cpu 16x128 33% bf16"])
+def test_bf16_on_a_cpu_is_held_to_a_bound_of_its_own(name):
+    case, (ours, *_) = small(name)
+    assert case.dtype == "bf16" and small(name.removesuffix(" bf16"))[0].dtype == "fp32"
+    gate = Gate(case)
+    prepared = ours.prepare()
+    assert prepared.check(case.inputs[0])["hidden"].dtype == torch.bfloat16
+    gate.check(prepared)
+    with planted("linear_gelu", relu_for_gelu), pytest.raises(RefusedError):
+        gate.check(prepared)
+    # a baseline as inexact as this would let twice its error pass
+    bad = replace(case, baseline=partial(off_by(0.1), case.truth))
+    half = replace(prepared, check=partial(off_by(0.05), case.truth))
+    assert Gate(replace(bad, limit=NOT_ZEROS)).check(half)["share"] < 1
+    with pytest.raises(RefusedError, match="of the norm"):
+        Gate(bad).check(half)
+    config = encoder.config_of("base", 128, small=False)
+    assert config.num_hidden_layers == 12
+    assert encoder._LIMIT_OF_A_STEP * 13**0.5 == pytest.approx(0.0169, rel=1e-2)
+
+
+def test_a_case_alone_is_that_of_the_list():
+    for name in ("cpu 16x128 33%", "cpu 8x128 bf16", "cpu mini 32x128"):
+        module = MODULES[name]
+        case, candidates = small(name, full=True)
+        names = [c.name for c in candidates]
+        assert set(module.CPU_PEERS) <= set(names)
+        prepared, inputs = module.alone(name, CPU, "bert_fast", small=True)
+        assert torch.equal(inputs.input_ids, case.inputs[0].input_ids)
+        assert Gate(case).check(prepared)["share"] <= 1
+
+
+def test_rows_say_which_library_and_instructions_ran():
+    from bert_fast import extension
+    from bert_fast.ops import products
+
+    loaded, why = extension.load()
+    (_, (fp32, *_)), (_, (bf16, *_)) = small("cpu 8x128"), small("cpu 8x128 bf16")
+    notes = fp32.prepare().notes
+    assert notes["cpu_library"] == products.cpu_library() in products.LIBRARIES
+    assert notes["cpu_library_ms"] == products.library_times()
+    assert notes["extension"] == (why if loaded is None else loaded.cpu_capability())
+    assert "cpu_library" not in bf16.prepare().notes  # products in bf16 are PyTorch's
+    _, (ours, sdpa, *_) = small("cpu mini 32x128")
+    assert ours.prepare().notes["optimizer"] == "bert_fast.train.optim.AdamW"
+    assert sdpa.prepare().notes["optimizer"] == "torch.optim.AdamW, fused"
 
 
 def test_lengths_are_those_of_the_goals():

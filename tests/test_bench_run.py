@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import builds
+import encoder
+import pretraining
 import proof
 import pytest
 import run
+import targets
 import torch
 import tunables
 from bench_cases import CPU, start
@@ -29,7 +32,8 @@ def main(monkeypatch, *argv):
         (["case", "11"], "got 11"),
         (["case"], "got none"),
         (["case", "1", "2"], "got 1 2"),
-        (["cpu", "1x129"], "cpu: want rows of 1x128, 8x128, 2x512, 16x128 33%, 8x512 46%, got"),
+        (["cpu", "1x129"], "cpu: want rows of 1x128, 8x128, 2x512, 16x128 33%, 8x512 46%, 8x128 "),
+        (["cpu", "mini"], "16x128 33% bf16, mini 32x128, small 32x128, got mini"),
         (["cpu", "1x128", "x"], "got 1x128 x"),
         (["gpu", "3"], "gpu: want no more arguments, got 3"),
         (["proof", "tests"], "proof: want no more arguments, got tests"),
@@ -64,8 +68,33 @@ def test_stages():
     few = run.stages_of("tune", ["gelu.FWD_TILES"])
     assert [s.name for s in few] == ["machine", "tune compile", "tune gelu.FWD_TILES"]
     assert [s.name for s in run.stages_of("case", ["10"])][-1] == "case 10 in full"
-    assert [s.name for s in run.stages_of("cpu", ["1x128"])] == ["machine", "cpu 1x128"]
-    assert len(run.stages_of("cpu", [])) == 1 + len(run.CPU_TABLE)
+    assert [s.name for s in run.stages_of("cpu", ["1x128"])] == ["machine", "cpu 1x128", "memory"]
+    table = [s.name for s in run.stages_of("cpu", [])]
+    assert table == ["machine", *(f"cpu {row}" for row in run.CPU_TABLE), "memory"]
+    fp32 = [row for row in run.CPU_TABLE if not row.endswith("bf16")]
+    assert [f"cpu {row}" for row in fp32] == [target.key for target in targets.CPU_ROWS]
+    rows = {f"cpu {row}" for row in (*run.CPU_TABLE, *run.CPU_TRAINING)}
+    specs = {*encoder.SPECS, *pretraining.SPECS}
+    assert rows == {name for name in specs if name.startswith("cpu ")}
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "started"),
+    [
+        (encoder, ["--device", "cpu"], [["cpu"]]),
+        (encoder, ["--device", "cpu", "1x128", "8x128 bf16"], [["cpu", "1x128", "8x128 bf16"]]),
+        (encoder, ["--device", "cuda"], [["case", number] for number in "1234567"]),
+        (pretraining, ["--device", "cpu"], [["cpu", *run.CPU_TRAINING]]),
+        (pretraining, ["--device", "cpu", "mini 32x128"], [["cpu", "mini 32x128"]]),
+        (pretraining, ["--device", "cuda"], [["case", "8"], ["case", "10"]]),
+        (pretraining, ["--device", "cuda", "8", "--out", "x"], [["case", "8", "--out", "x"]]),
+    ],
+)
+def test_a_file_of_cases_starts_their_runs(monkeypatch, module, argv, started):
+    calls, statuses = [], iter([0, 1, *[0] * 9])
+    monkeypatch.setattr(run, "main", lambda argv: calls.append(argv) or next(statuses))
+    assert module.main(argv) == int(len(started) > 1)  # the worst of them
+    assert calls == started
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,10 @@ def test_every_peer_is_in_the_list_on_every_machine(state, device, hidden_packag
     backends = {f"transformers sdpa {name}" for name in ("flash", "cudnn", "efficient", "math")}
     varlen = {"varlen_attn", "varlen_attn compile"}
     names = [c.name for c in peers.encoder_peers(*what, full=True)]
-    assert set(names) == RUN_ANYWHERE | backends | modes | varlen | {"onnxruntime"}
+    assert set(names) == RUN_ANYWHERE | backends | modes | varlen | {
+        "onnxruntime",
+        "onnxruntime plain",
+    }
     assert len(names) == len(set(names))
     few = [c.name for c in peers.encoder_peers(*what, full=False)]
     assert few == ["transformers sdpa", "varlen_attn"]
@@ -201,7 +204,10 @@ def test_every_peer_is_in_the_list_on_every_machine(state, device, hidden_packag
 
 @pytest.mark.parametrize(
     ("package", "names"),
-    [("transformers", {"transformers eager", "onnxruntime"}), ("onnxruntime", {"onnxruntime"})],
+    [
+        ("transformers", {"transformers eager", "onnxruntime", "onnxruntime plain"}),
+        ("onnxruntime", {"onnxruntime", "onnxruntime plain"}),
+    ],
 )
 def test_a_package_that_is_not_installed_is_named(state, package, names, monkeypatch):
     if package == "transformers":
@@ -242,8 +248,9 @@ def test_a_gpu_in_fp32_has_no_varlen_peer_and_onnxruntime_is_of_the_cpu(state):
     candidates = peers.encoder_peers(state, CONFIG, gpu, FP32, full=True)
     with pytest.raises(gate.AbsentError, match="16 bits"):
         by_name(candidates, "varlen_attn").prepare()
-    with pytest.raises(gate.AbsentError, match="CPU in fp32"):
-        by_name(candidates, "onnxruntime").prepare()
+    for name in ("onnxruntime", "onnxruntime plain"):
+        with pytest.raises(gate.AbsentError, match="CPU in fp32"):
+            by_name(candidates, name).prepare()
     training = training_peers.pretraining_peers(state, CONFIG, gpu, FP32, full=True)
     with pytest.raises(gate.AbsentError, match="16 bits"):
         by_name(training, "flash varlen").prepare()
@@ -306,7 +313,9 @@ def test_all_compiled_peers_give_our_answers_side_by_side(state, ours):
 def test_onnx_is_fused_and_honours_masks_and_other_lengths_than_it_was_exported_with(state, ours):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnx", reason="onnx is not installed")
+    plain, plain_notes = onnx_bert.session(state, CONFIG, CPU, FP32, fused=False)
     call, notes = onnx_bert.session(state, CONFIG, CPU, FP32)
+    assert "fused" not in plain_notes and "by the session" in plain_notes["graph"]
     layers, fused = CONFIG.num_hidden_layers, notes["fused"]
     assert fused["Attention"] == fused["BiasGelu"] == layers, fused
     assert fused["EmbedLayerNormalization"] == 1 and fused["SkipLayerNormalization"] == 2 * layers
@@ -314,6 +323,29 @@ def test_onnx_is_fused_and_honours_masks_and_other_lengths_than_it_was_exported_
         batch = workload.batch(CONFIG, lengths, CPU, seed=7)
         found = {"hidden": batch.real(call(batch.input_ids, batch.attention_mask))}
         assert not outside(found, hidden(ours, batch)), lengths
+        found = {"hidden": batch.real(plain(batch.input_ids, batch.attention_mask))}
+        assert not outside(found, hidden(ours, batch)), lengths
     batch = workload.batch(CONFIG, (23, 4), CPU, seed=7)
     unmasked = {"hidden": batch.real(call(batch.input_ids, None))}
     assert outside(unmasked, hidden(ours, batch)), "the mask changes nothing"
+
+
+def test_files_for_onnx_are_kept_by_weights_and_configuration(state, ours, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    monkeypatch.setenv(onnx_bert.FOLDER, str(tmp_path))
+    batch = workload.batch(CONFIG, (23, 4), CPU, seed=7)
+    want = hidden(ours, batch)
+    first = onnx_bert.session(state, CONFIG, CPU, FP32)
+    with monkeypatch.context() as patch:  # a second session exports nothing
+        patch.setattr(onnx_bert, "_export", None)
+        again = onnx_bert.session(state, CONFIG, CPU, FP32)
+    assert again[1] == first[1] and len(list(tmp_path.iterdir())) == 1
+    found = {"hidden": batch.real(again[0](batch.input_ids, batch.attention_mask))}
+    assert not outside(found, want)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    other = {**state, name: state[name] * 3}
+    call, _ = onnx_bert.session(other, CONFIG, CPU, FP32, fused=False)
+    found = {"hidden": batch.real(call(batch.input_ids, batch.attention_mask))}
+    assert outside(found, want), "the weights of before"
+    assert len(list(tmp_path.iterdir())) == 2
