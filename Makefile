@@ -71,11 +71,12 @@ test-gpu: gpu-proof  ## gpu-proof, under the name the other tests have
 gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
 	$(MEASURE) tune $(TABLES) --out $(OUT)
 
-cpu-table: $(READY)  ## the table for CPUs: BERT-base against every peer, about 20 minutes
+cpu-table: $(READY)  ## the table for CPUs: BERT-base and training steps beside their peers, about 20 minutes
 	$(MEASURE) cpu --out $(OUT)
 
-ledger: $(INSTALLED)  ## write benchmarks/results/README.md from the results there
+ledger: $(INSTALLED)  ## write benchmarks/results/README.md and docs/performance.md from the results there
 	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/performance.py
 
 ext:  ## build the compiled extension again
 	rm -f $(EXTENSION)

@@ -1,10 +1,18 @@
-"""The encoder cases: one forward of a batch, or many texts to embeddings."""
+"""The encoder cases: one forward of a batch, or many texts to embeddings.
 
+    python benchmarks/encoder.py --device cpu [ROW ...]    the CPU's table, or rows such as 1x128
+    python benchmarks/encoder.py --device cuda [CASE ...]  cases 1 to 7 of the targets, or some
+
+It starts the runs of `run.py`: `cpu`, and `case` for each case.
+"""
+
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import checkout  # noqa: F401
 import peers
 import torch
 import workload
@@ -14,6 +22,8 @@ from workload import Batch, Texts
 
 import bert_fast
 from bert_fast import BertConfig, reference_model
+from bert_fast.extension import load as load_extension
+from bert_fast.ops.products import cpu_library, library_times
 
 _SEED = 1234
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -28,6 +38,7 @@ class Spec:
         lengths: of the sequences, from a seed.
         small: the same for a rehearsal, in which the model is small too.
         dtype: of weights and arithmetic.
+        on_cpu: the same on a CPU, where 16 bits are for those rows alone that ask for them.
         texts: they are texts in host memory, to be batched as the candidate likes.
     """
 
@@ -35,6 +46,7 @@ class Spec:
     lengths: Callable[[int], list[int]]
     small: Callable[[int], list[int]]
     dtype: torch.dtype = torch.bfloat16
+    on_cpu: torch.dtype = torch.float32
     texts: bool = False
 
 
@@ -64,7 +76,7 @@ def _share(n: int, high: int, fill: float) -> Callable[[int], list[int]]:
     return lengths
 
 
-FP32 = torch.float32
+FP32, BF16 = torch.float32, torch.bfloat16
 SPECS = {
     "case 1": Spec("base", _full(1, 128), _full(1, 16)),
     "case 2 s128": Spec("large", _full(1, 128), _full(1, 16)),
@@ -76,12 +88,29 @@ SPECS = {
     "case 7 s64": Spec("base", _share(16, 64, 0.6), _share(4, 16, 0.6)),
     "case 7": Spec("base", _share(16, 512, 0.6), _share(4, 32, 0.6)),
     "case 7 s1024": Spec("base", _share(16, 1024, 0.6), _share(4, 32, 0.6)),
-    "cpu 1x128": Spec("base", _full(1, 128), _full(1, 16), dtype=FP32),
-    "cpu 8x128": Spec("base", _full(8, 128), _full(2, 16), dtype=FP32),
-    "cpu 2x512": Spec("base", _full(2, 512), _full(2, 32), dtype=FP32),
-    "cpu 16x128 33%": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4), dtype=FP32),
-    "cpu 8x512 46%": Spec("base", _share(8, 512, 0.46), _share(4, 32, 0.5), dtype=FP32),
+    "cpu 1x128": Spec("base", _full(1, 128), _full(1, 16)),
+    "cpu 8x128": Spec("base", _full(8, 128), _full(2, 16)),
+    "cpu 2x512": Spec("base", _full(2, 512), _full(2, 32)),
+    "cpu 16x128 33%": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4)),
+    "cpu 8x512 46%": Spec("base", _share(8, 512, 0.46), _share(4, 32, 0.5)),
+    "cpu 8x128 bf16": Spec("base", _full(8, 128), _full(2, 16), on_cpu=BF16),
+    "cpu 16x128 33% bf16": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4), on_cpu=BF16),
 }
+
+
+# Norm of a bf16 forward's error over the truth's, for one step of rounding: embeddings and layers
+# add like random steps. transformers' bf16 on a CPU has 0.014 for 12 layers (torch 2.13), of 0.017.
+_LIMIT_OF_A_STEP = 1.2 * 2.0**-8
+
+# Whom the CPU's table compares with. Of the full list it leaves out what has no kernel there, and
+# the forms of transformers that were at most 2 % faster than the faster of these two in any row:
+# eager attention, compiled or not, and SDPA with its kernel forced (results, commit 17f7837).
+CPU_PEERS = (
+    "transformers sdpa",
+    "transformers sdpa compile default",
+    "onnxruntime plain",
+    "onnxruntime",
+)
 
 
 def config_of(model: str, longest: int, small: bool, **fields: Any) -> BertConfig:
@@ -105,6 +134,36 @@ def state_of(model: str, longest: int, small: bool) -> dict[str, Tensor]:
     return workload.weights(config_of(model, longest, small))
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """A case without the answers that it is checked by."""
+
+    dtype: torch.dtype
+    longest: int
+    config: BertConfig
+    state: dict[str, Tensor]
+    inputs: list[Batch] | list[Texts]
+    candidates: list[Candidate]
+
+
+def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
+    spec = SPECS[name]
+    draw = spec.small if small else spec.lengths
+    lengths = [draw(_SEED + i) for i in range(2)]
+    longest = max(map(max, lengths))
+    config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
+    dtype = spec.dtype if device.type == "cuda" else spec.on_cpu
+    what = state, config, device, dtype
+    if spec.texts:
+        pin = device.type == "cuda"
+        inputs = [workload.texts(config, n, _SEED + i, pin) for i, n in enumerate(lengths)]
+        ours, theirs = partial(_our_texts, *what), peers.text_peers(*what, full=full)
+    else:
+        inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
+        ours, theirs = partial(our_encoder, *what), peers.encoder_peers(*what, full=full)
+    return _Parts(dtype, longest, config, state, inputs, [Candidate("bert_fast", ours), *theirs])
+
+
 def case(
     name: str, device: torch.device, *, small: bool = False, full: bool = False
 ) -> tuple[Case, list[Candidate]]:
@@ -116,39 +175,48 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    spec = SPECS[name]
-    draw = spec.small if small else spec.lengths
-    lengths = [draw(_SEED + i) for i in range(2)]
-    longest = max(map(max, lengths))
-    config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
-    # PyTorch's bf16 on a CPU is so inexact that twice its error would hide a wrong model
-    dtype = spec.dtype if device.type == "cuda" else FP32
-    what = state, config, device, dtype
-    if spec.texts:
-        pin = device.type == "cuda"
-        inputs = [workload.texts(config, n, _SEED + i, pin) for i, n in enumerate(lengths)]
-        ours, theirs = partial(_our_texts, *what), peers.text_peers(*what, full=full)
-        slots = 0  # batching is the candidate's own business: nothing is padded yet
-    else:
-        inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
-        ours, theirs = partial(our_encoder, *what), peers.encoder_peers(*what, full=full)
-        slots = inputs[0].input_ids.numel()
+    parts = _parts(name, device, small, full)
+    dtype, config, state = parts.dtype, parts.config, parts.state
+    lengths = [one.lengths for one in parts.inputs]
+    # batching texts is the candidate's own business: nothing is padded yet
+    slots = 0 if SPECS[name].texts else parts.inputs[0].input_ids.numel()
     tokens = sum(map(sum, lengths)) // len(lengths)
-    flops = sum(forward_flops(config, tuple(n)) for n in lengths) // len(lengths)
-    baseline_name, baseline = peers.baseline_encoder(*what)
-    exact = torch.float64 if dtype == FP32 else FP32
-    facts = {"model": spec.model, "seed": _SEED, "longest": longest, "small": small}
+    flops = sum(forward_flops(config, n) for n in lengths) // len(lengths)
+    baseline_name, baseline = peers.baseline_encoder(state, config, device, dtype)
+    exact = torch.float64 if device.type == "cpu" else FP32
+    limit = {}
+    if device.type == "cpu" and dtype == BF16:
+        limit["limit"] = _LIMIT_OF_A_STEP * (config.num_hidden_layers + 1) ** 0.5
+    facts = {"model": SPECS[name].model, "seed": _SEED, "longest": parts.longest, "small": small}
     return Case(
         name=name,
         device=device,
         dtype=short(dtype),
-        inputs=inputs,
+        inputs=parts.inputs,
         truth=_on_sample(truth_of(state, config, device, exact), device),
         baseline=_on_sample(baseline, device),
         baseline_name=baseline_name,
         work=Work(tokens, slots, len(lengths[0]), flops=flops),
-        facts=facts,
-    ), [Candidate("bert_fast", ours), *theirs]
+        facts=facts | limit,
+        **limit,
+    ), parts.candidates
+
+
+def alone(
+    name: str, device: torch.device, candidate: str, *, small: bool = False
+) -> tuple[Prepared, Batch | Texts]:
+    """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory.
+
+    Args:
+        name: in SPECS.
+        device: where it runs.
+        candidate: its name in the full list.
+        small: the rehearsal's sizes.
+    """
+    parts = _parts(name, device, small, full=True)
+    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
+    state_of.cache_clear()
+    return prepared, parts.inputs[0]
 
 
 # --- the truth -----------------------------------------------------------------------------------
@@ -199,8 +267,19 @@ def _our_model(
     encoder = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
     model.load_state_dict({n: t for n, t in encoder.items() if not n.startswith("pooler.")})
     model = model.to(device, dtype).eval()
-    ops = {entry.op: entry.implementation for entry in bert_fast.report(model).ops}
-    return model, {"ops": ops}
+    return model, our_notes(model)
+
+
+def our_notes(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what the row of our model should say of it: what serves each op, and on a CPU how."""
+    notes = {"ops": {entry.op: entry.implementation for entry in bert_fast.report(model).ops}}
+    dtypes = {(p.device.type, p.dtype) for p in model.parameters()}
+    extension, why = load_extension()
+    if ("cpu", FP32) in dtypes:
+        notes |= {"cpu_library": cpu_library(), "cpu_library_ms": library_times()}
+    if "cpu" in {kind for kind, _ in dtypes}:
+        notes["extension"] = why if extension is None else extension.cpu_capability()
+    return notes
 
 
 def our_encoder(
@@ -251,3 +330,24 @@ def _our_texts(
         lambda texts: {"embedding": run(texts)[list(texts.sample)]},
         notes=notes | {"token_budget": budget, "fill": 1.0},
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start the runs of these cases; return 1 if one of them found a wrong answer of ours."""
+    from run import main as run
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--out", help="where the files go")
+    parser.add_argument("what", nargs="*", metavar="ROW", help="rows, or numbers of cases")
+    args = parser.parse_args(argv)
+    out = [] if args.out is None else ["--out", args.out]
+    if args.device == "cpu":
+        return run(["cpu", *args.what, *out])
+    return max(run(["case", number, *out]) for number in args.what or "1234567")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -15,6 +15,9 @@ from torch import Tensor
 Outputs = Mapping[str, Tensor]
 
 
+NOT_ZEROS = 0.9  # of the truth's norm: an error above it is as wrong as zeros would be
+
+
 class AbsentError(Exception):
     """What a candidate needs is not on this machine; the message says what."""
 
@@ -53,6 +56,8 @@ class Case:
         work: what one call does.
         facts: model, shapes, seed: what a stranger needs to repeat it.
         flush: time with cold caches, as for kernels.
+        limit: what no error's norm may exceed as a share of the truth's, whatever the baseline's:
+            where the baseline is so inexact that twice its error would hide a wrong model.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Case:
     work: Work
     facts: Mapping[str, Any] = field(default_factory=dict)
     flush: bool = False
+    limit: float = NOT_ZEROS
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,6 @@ def short(dtype: torch.dtype) -> str:
 # quarter of it as a share of the norm: one unit in the last place of 16 bits, 1e-5 in fp32.
 _SLACK = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
-_NOT_ZEROS = 0.9  # of the norm: whatever the baseline, zeros are wrong
-
 
 class RefusedError(Exception):
     """The answers are wrong.
@@ -161,12 +165,13 @@ class _Bound:
     norm: float
     more_top: float
     more_norm: float
+    limit: float
 
     def allowed(self, factor: float) -> dict[str, float]:
         """Return what a candidate may be off by."""
         return {
             "max": factor * self.top + self.more_top,
-            "l2": min(factor * self.norm + self.more_norm, _NOT_ZEROS),
+            "l2": min(factor * self.norm + self.more_norm, self.limit),
         }
 
 
@@ -196,7 +201,7 @@ class Gate:
                     raise ValueError(f"{what}: want finite values, got others")
                 top, norm = _errors(baseline[name], t) if t.numel() else (0.0, 0.0)
                 scale = t.abs().max().item() if t.numel() else 0.0
-                bounds[name] = _Bound(top, norm, slack * scale, slack / 4)
+                bounds[name] = _Bound(top, norm, slack * scale, slack / 4, case.limit)
                 if scale and Candidate.factor * norm >= 1:
                     raise ValueError(
                         f"{what}: want a baseline by which zeros are wrong, got one with an error"

@@ -231,7 +231,7 @@ def _words(verdict: str, goal: float | None) -> str:
     return f", {words[verdict]}" if verdict else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [[" ".join(str(c).split()).replace("|", "\\|") for c in row] for row in (head, *rows)]
     cells.insert(1, ["---"] * len(head))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
@@ -264,11 +264,11 @@ def render(runs: Sequence[Kept]) -> str:
     parts.append(_behind(line for _, lines in sections for line in lines))
     for title, lines in sections:
         head = ("row", "goal", "best measured", "against peers", "file")
-        parts += [f"## {title}\n", _table(head, (line.cells() for line in lines))]
+        parts += [f"## {title}\n", table(head, (line.cells() for line in lines))]
     parts.append("## The runs\n")
     head = ("file", "device", "processor", "copy, GB/s", "fp32, TFLOP/s", "bf16, TFLOP/s")
     head += ("date", "commit", "torch", "suite", "ended")
-    parts.append(_table(head, map(_entry, runs)) if runs else "None yet.\n")
+    parts.append(table(head, map(_entry, runs)) if runs else "None yet.\n")
     return "\n".join(parts)
 
 
@@ -279,11 +279,11 @@ def _entry(run: Kept) -> tuple[str, ...]:
     reached = (ceilings.get("copy_gb_per_s"), products.get("fp32"), products.get("bf16"))
     texts = (of.get("device"), of.get("processor"), *(rate and figure(rate) for rate in reached))
     last = (of.get("torch"), run.data.get("suite"), run.data.get("ended"))
-    texts = (*texts, run.data["started"][:10], _commit(of), *last)
+    texts = (*texts, run.data["started"][:10], commit_of(of), *last)
     return run.link, *(str(text or "") for text in texts)
 
 
-def _commit(environment: dict[str, Any]) -> str:
+def commit_of(environment: dict[str, Any]) -> str:
     """Return what names the sources in a file name.
 
     Raises:
@@ -317,7 +317,7 @@ def keep(paths: Sequence[Path], results: Path) -> list[Path]:
                 raise ValueError(f"environment: want a slug such as nvidia-h200, got {slug}")
             if not re.match(r"\d{4}-\d\d-\d\dT", started):
                 raise ValueError(f"started: want a date, got {started}")
-            stem = f"{started[:10]}-{_commit(data['environment'])}"
+            stem = f"{started[:10]}-{commit_of(data['environment'])}"
             if not re.fullmatch(r"[0-9A-Za-z-]+", stem):
                 raise ValueError(f"environment: want a commit in hexadecimal, got {stem[11:]}")
         except ValueError as error:

@@ -1,8 +1,12 @@
-"""Hugging Face's BERT in ONNX Runtime on the CPU, its layers fused for BERT."""
+"""Hugging Face's BERT in ONNX Runtime on the CPU, its layers fused for BERT or not."""
 
+import hashlib
+import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import stock_bert
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 from bert_fast import BertConfig
 
+FOLDER = "BENCH_ONNX_DIR"
 _OPSET = 17  # the first in which LayerNormalization is one operator
 
 
@@ -50,12 +55,62 @@ def _export(model: nn.Module, path: Path) -> None:
         )
 
 
+def _files(
+    state: Mapping[str, Tensor], config: BertConfig, fused: bool, folder: Path
+) -> tuple[Path, dict[str, int]]:
+    """Return the model's file in the folder, and how many nodes of each kind were fused.
+
+    What is there already is taken as it is.
+    """
+    path, fused_path = folder / "bert.onnx", folder / "fused.onnx"
+    if not path.exists():
+        model = stock_bert.encoder(state, config, torch.device("cpu"), torch.float32, "eager")
+        _export(model, path)
+    if not fused:
+        return path, {}
+    counts_path = folder / "fused.json"
+    if not counts_path.exists():
+        optimizer = stock_bert.need("onnxruntime.transformers.optimizer")
+        model = optimizer.optimize_model(
+            str(path),
+            "bert",
+            num_heads=config.num_attention_heads,
+            hidden_size=config.hidden_size,
+            opt_level=0,
+            use_gpu=False,
+        )
+        model.save_model_to_file(str(fused_path))
+        counts = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
+        counts_path.write_text(json.dumps(counts), "utf-8")
+    return fused_path, json.loads(counts_path.read_text("utf-8"))
+
+
+def _key(state: Mapping[str, Tensor], config: BertConfig) -> str:
+    """Return a name for what is exported: the configuration and the weights' own sums."""
+    sums = [f"{t.double().sum().item():.17g}" for t in state.values()]
+    text = json.dumps([config.to_dict(), sums], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def session(
-    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+    state: Mapping[str, Tensor],
+    config: BertConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    fused: bool = True,
 ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], dict[str, object]]:
     """Return a function of ids and mask (B, L) that gives hidden states, and notes for its row.
 
     The notes count the fused nodes: a fusion that a version of the exporter prevents shows there.
+    The files are made anew unless the variable BENCH_ONNX_DIR names a folder that keeps them.
+
+    Args:
+        state: of a BertForPreTraining.
+        config: of the weights.
+        device: the CPU.
+        dtype: fp32.
+        fused: through ONNX Runtime's optimizer for transformers; else the exported graph as it is,
+            with the optimizations that a session makes by itself.
 
     Raises:
         AbsentError: a package is not installed, or device or dtype are not the CPU's fp32.
@@ -64,29 +119,20 @@ def session(
         raise AbsentError("runs on the CPU in fp32 alone")
     onnxruntime = stock_bert.need("onnxruntime")
     stock_bert.need("onnx")
-    optimizer = stock_bert.need("onnxruntime.transformers.optimizer")
-    model = stock_bert.encoder(state, config, device, dtype, "eager")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # its threads would take the cores from whoever runs next
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        path, fused_path = Path(folder) / "bert.onnx", Path(folder) / "fused.onnx"
-        _export(model, path)
-        fused = optimizer.optimize_model(
-            str(path),
-            "bert",
-            num_heads=config.num_attention_heads,
-            hidden_size=config.hidden_size,
-            opt_level=0,
-            use_gpu=False,
-        )
-        fused.save_model_to_file(str(fused_path))
-        ready = onnxruntime.InferenceSession(
-            str(fused_path), options, providers=["CPUExecutionProvider"]
-        )
-    counts = {name: n for name, n in fused.get_fused_operator_statistics().items() if n}
-    notes = {"onnxruntime": onnxruntime.__version__, "fused": counts, "weights": "fp32"}
+    with ExitStack() as stack:
+        if FOLDER in os.environ:
+            folder = Path(os.environ[FOLDER]) / _key(state, config)
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path, counts = _files(state, config, fused, folder)
+        ready = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    notes = {"onnxruntime": onnxruntime.__version__, "weights": "fp32"}
+    notes |= {"fused": counts} if fused else {"graph": "as exported, optimized by the session"}
 
     def call(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -59,6 +59,7 @@ def encoder_peers(
         prepare = partial(_stock, *what, "sdpa", backend=backend)
         peers.append(Candidate(f"transformers sdpa {backend}", prepare))
     peers += [varlen, Candidate("onnxruntime", partial(_onnx, *what))]
+    peers.append(Candidate("onnxruntime plain", partial(_onnx, *what, fused=False)))
     peers.append(Candidate("varlen_attn compile", partial(_varlen, *what, compiled=True)))
     for mode in stock_bert.MODES:  # those that compile longest come last: time may be over
         for attention in ("sdpa", "eager"):
@@ -153,8 +154,14 @@ def _varlen_notes(dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     return notes | ({"compile": "default, dynamic"} if compiled else {})
 
 
-def _onnx(state: State, config: BertConfig, device: torch.device, dtype: torch.dtype) -> Prepared:
-    forward, notes = onnx_bert.session(state, config, device, dtype)
+def _onnx(
+    state: State,
+    config: BertConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    fused: bool = True,
+) -> Prepared:
+    forward, notes = onnx_bert.session(state, config, device, dtype, fused)
     return _encoder_prepared(lambda b: forward(b.input_ids, b.attention_mask), notes)
 
 

@@ -1,19 +1,28 @@
-"""The pre-training cases: one whole step, dropout, both heads and the optimizer included."""
+"""The pre-training cases: one whole step, dropout, both heads and the optimizer included.
 
+    python benchmarks/pretraining.py --device cpu [ROW ...]    the CPU's rows: small models in fp32
+    python benchmarks/pretraining.py --device cuda [CASE ...]  cases 8 and 10 of the targets
+
+It starts the runs of `run.py`: `cpu` with these rows, and `case` for each case.
+"""
+
+import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
-from encoder import FP32, config_of, forward_flops, state_of
+from encoder import FP32, config_of, forward_flops, our_notes, state_of
 from gate import Candidate, Case, Outputs, Prepared, Work, short
 from torch import Tensor
 from workload import PretrainingBatch
 
 import bert_fast
 from bert_fast import BertConfig, reference_model
+from bert_fast.train.optim import AdamW
 
 _SEED = 4321
 _MASKED = 0.15
@@ -25,7 +34,10 @@ _TIED = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a case is made of: `n` full sequences of one length for a model, in bf16 autocast."""
+    """What a case is made of: `n` full sequences of one length for a model.
+
+    It is in bf16 autocast on a GPU, in fp32 on a CPU.
+    """
 
     model: str
     n: int
@@ -36,7 +48,11 @@ SPECS = {
     "case 8": Spec("large", 64, 128),
     "case 10 s128": Spec("base", 256, 128),
     "case 10 s512": Spec("base", 64, 512),
+    "cpu mini 32x128": Spec("mini", 32, 128),
+    "cpu small 32x128": Spec("small", 32, 128),
 }
+# Whom the CPU's rows compare with; the others of the full list have no dropout there or no kernel.
+CPU_PEERS = ("transformers eager", "transformers sdpa", "transformers sdpa compile default")
 
 
 def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
@@ -47,6 +63,33 @@ def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
     D, V = config.hidden_size, config.vocab_size
     head = _MASKED * sum(lengths) * (2 * D * D + 2 * D * V)
     return 3 * (forward_flops(config, lengths) + round(head))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A case without the answers that it is checked by."""
+
+    spec: Spec
+    dtype: torch.dtype
+    config: BertConfig
+    state: dict[str, Tensor]
+    inputs: list[PretrainingBatch]
+    candidates: list[Candidate]
+
+
+def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
+    spec = SPECS[name]
+    spec = replace(spec, n=4, length=16) if small else spec
+    dtype = torch.bfloat16 if device.type == "cuda" else FP32
+    config = config_of(spec.model, spec.length, small)
+    state = state_of(spec.model, spec.length, small)
+    lengths = (spec.length,) * spec.n
+    inputs = [
+        workload.pretraining_batch(config, lengths, device, _SEED + i, _MASKED) for i in range(2)
+    ]
+    ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype))
+    theirs = training_peers.pretraining_peers(state, config, device, dtype, full=full)
+    return _Parts(spec, dtype, config, state, inputs, [ours, *theirs])
 
 
 def case(
@@ -60,28 +103,21 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    spec = SPECS[name]
-    n, length = (4, 16) if small else (spec.n, spec.length)
-    lengths = (length,) * n
-    dtype = torch.bfloat16 if device.type == "cuda" else FP32
-    config, state = config_of(spec.model, length, small), state_of(spec.model, length, small)
-    inputs = [
-        workload.pretraining_batch(config, lengths, device, _SEED + i, _MASKED) for i in range(2)
-    ]
+    parts = _parts(name, device, small, full)
+    dtype, config, state = parts.dtype, parts.config, parts.state
+    n, length = parts.spec.n, parts.spec.length
     baseline_name, baseline = training_peers.baseline_pretraining(state, config, device, dtype)
-    ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype))
-    theirs = training_peers.pretraining_peers(state, config, device, dtype, full=full)
     return Case(
         name=name,
         device=device,
         dtype=short(dtype),
-        inputs=inputs,
+        inputs=parts.inputs,
         truth=_truth(state, config, device, torch.float64 if dtype == FP32 else FP32),
         baseline=baseline,
         baseline_name=baseline_name,
-        work=Work(n * length, n * length, n, flops=step_flops(config, lengths)),
+        work=Work(n * length, n * length, n, flops=step_flops(config, (length,) * n)),
         facts={
-            "model": spec.model,
+            "model": parts.spec.model,
             "seed": _SEED,
             "longest": length,
             "small": small,
@@ -89,7 +125,7 @@ def case(
             "masked": _MASKED,
             "checked": "loss and gradients without dropout",
         },
-    ), [ours, *theirs]
+    ), parts.candidates
 
 
 def _truth(
@@ -140,7 +176,59 @@ def _ours(
                 next_sentence_label=batch.next_sentence_label,
             ).loss
 
-    notes = {"ops": {entry.op: entry.implementation for entry in bert_fast.report(model).ops}}
+    notes, optimizer = our_notes(model), None
+    if device.type == "cpu":
+        optimizer = AdamW(
+            model.parameters(),
+            lr=training_peers.LEARNING_RATE,
+            weight_decay=training_peers.WEIGHT_DECAY,
+        )
+        notes["optimizer"] = "bert_fast.train.optim.AdamW"
     return training_peers.prepared(
-        model, loss_of, lambda name: model.get_parameter(name).grad.clone(), config, device, notes
+        model,
+        loss_of,
+        lambda name: model.get_parameter(name).grad.clone(),
+        config,
+        device,
+        notes,
+        optimizer,
     )
+
+
+def alone(
+    name: str, device: torch.device, candidate: str, *, small: bool = False
+) -> tuple[Prepared, PretrainingBatch]:
+    """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory.
+
+    Args:
+        name: in SPECS.
+        device: where it runs.
+        candidate: its name in the full list.
+        small: the rehearsal's sizes.
+    """
+    parts = _parts(name, device, small, full=True)
+    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
+    state_of.cache_clear()
+    return prepared, parts.inputs[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start the runs of these cases; return 1 if one of them found a wrong answer of ours."""
+    from run import CPU_TRAINING
+    from run import main as run
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--out", help="where the files go")
+    parser.add_argument("what", nargs="*", metavar="ROW", help="rows, or numbers of cases")
+    args = parser.parse_args(argv)
+    out = [] if args.out is None else ["--out", args.out]
+    if args.device == "cpu":
+        return run(["cpu", *(args.what or CPU_TRAINING), *out])
+    return max(run(["case", number, *out]) for number in args.what or ("8", "10"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -4,7 +4,8 @@
     python benchmarks/run.py case N         case N of the targets against every peer and mode
     python benchmarks/run.py proof          the tests that run on the GPU, and the sanitizers
     python benchmarks/run.py tune [TABLE]   better launch rules, of attention.SHORT alone or of all
-    python benchmarks/run.py cpu [ROW]      the table for CPUs, or one row of it, such as 1x128
+    python benchmarks/run.py cpu [ROW ...]  the table for CPUs, or rows such as 1x128, or
+                                            training: "mini 32x128"
 
 Writes SUITE-TIME.json and .log into --out. Each part of a run is a process with a deadline, and
 what was measured stays, whatever happens after it. Without a GPU all but the last run their parts
@@ -25,7 +26,16 @@ from supervise import Stage, has_gpu, supervise
 
 CASES = ("1", "2", "3", "4", "5", "6", "7", "8", "10")
 _MOST_FOR_A_TABLE = 150  # seconds
-CPU_TABLE = ("1x128", "8x128", "2x512", "16x128 33%", "8x512 46%")
+CPU_TABLE = (
+    "1x128",
+    "8x128",
+    "2x512",
+    "16x128 33%",
+    "8x512 46%",
+    "8x128 bf16",
+    "16x128 33% bf16",
+)
+CPU_TRAINING = ("mini 32x128", "small 32x128")
 
 
 def stages_of(suite: str, what: list[str]) -> list[Stage]:
@@ -49,10 +59,11 @@ def stages_of(suite: str, what: list[str]) -> list[Stage]:
             budget[f"tune {table}"] = min(_MOST_FOR_A_TABLE, left * weight // whole)
     else:
         budget = {"machine": 120} | {f"cpu {row}": 1200 for row in what or CPU_TABLE}
+        budget["memory"] = 60 * len(budget)
     return [Stage(name, seconds) for name, seconds in budget.items()]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, start the run, and say where it lies."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,15 +71,16 @@ def main() -> int:
     parser.add_argument("suite", choices=("gpu", "case", "proof", "tune", "cpu"))
     parser.add_argument("what", nargs="*", help="the case, the launch rules, or the CPU's rows")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.suite == "case" and args.what == ["9"]:
         print("case 9 is absent: it wants LAMB, which is not built yet")
         return 0
     if args.suite == "case" and (len(args.what) != 1 or args.what[0] not in CASES):
         got = " ".join(args.what) or "none"
         parser.error(f"case: want one of {', '.join(CASES)}, got {got}")
-    if args.suite == "cpu" and not set(args.what) <= set(CPU_TABLE):
-        parser.error(f"cpu: want rows of {', '.join(CPU_TABLE)}, got {' '.join(args.what)}")
+    rows = (*CPU_TABLE, *CPU_TRAINING)
+    if args.suite == "cpu" and not set(args.what) <= set(rows):
+        parser.error(f"cpu: want rows of {', '.join(rows)}, got {' '.join(args.what)}")
     if args.suite == "tune" and not set(args.what) <= set(tunables.tables()):
         parser.error(f"tune: want {', '.join(tunables.tables())}, got {' '.join(args.what)}")
     if args.suite in ("gpu", "proof") and args.what:
@@ -85,8 +97,9 @@ def main() -> int:
     if args.suite == "tune":
         run.set("tune", {"asked": args.what or tunables.tables()})
     # its own: what an earlier run compiled would hide the time
-    compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled.name
+    made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = made.name
+    os.environ["BENCH_ONNX_DIR"] = str(Path(made.name) / "onnx")
     os.environ.pop("NVIDIA_TF32_OVERRIDE", None)  # 1 would make fp32 products TF32
 
     def child(stage: Stage, until: float, heart: int) -> list[str]:
@@ -95,7 +108,7 @@ def main() -> int:
         options += ["--heart", str(heart), *(["--small"] if rehearsal else [])]
         return [sys.executable, "-u", str(script), stage.name, str(path), *options]
 
-    with compiled:
+    with made:
         status = supervise(path, stages_of(args.suite, args.what), child)
     print(f"\n{Run.open(path).summary()}")
     print(f"written: {_shown(path)}")

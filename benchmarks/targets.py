@@ -64,7 +64,7 @@ CLASSES = {
     "compile reduce-overhead": is_graphed,
     "eager": is_eager,
     "eager PyTorch": lambda name: name == "torch",
-    "ONNX Runtime": lambda name: name == "onnxruntime",
+    "ONNX Runtime": lambda name: name.startswith("onnxruntime"),
     "transformers SDPA": lambda name: name == "transformers sdpa",
 }
 

@@ -99,6 +99,7 @@ def prepared(
     config: BertConfig,
     device: torch.device,
     notes: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Prepared:
     """Return a model in train mode as a candidate whose call is one step with AdamW.
 
@@ -109,11 +110,13 @@ def prepared(
         config: of the model.
         device: where it is.
         notes: what its row should say.
+        optimizer: of the model's parameters; None: PyTorch's fused AdamW.
     """
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused
-    )
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        notes = {**notes, "optimizer": "torch.optim.AdamW, fused"}
 
     def run(batch: PretrainingBatch) -> Tensor:
         loss = loss_of(batch)
@@ -123,7 +126,6 @@ def prepared(
         return loss.detach()
 
     check = partial(_answers, model, loss_of, gradient, gradient_names(config))
-    notes = {**notes, "optimizer": "AdamW, fused" if fused else "AdamW"}
     return Prepared(run, check, changes_state=True, notes=notes)
 
 

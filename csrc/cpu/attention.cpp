@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "checks.h"
 #include "cpu_ops.h"
 #include "philox.h"
 #include "tile.h"
@@ -44,17 +45,18 @@ struct Dropout {
 };
 
 Shape check_qkv(const char* op, const Tensor& qkv) {
-  TORCH_CHECK_VALUE(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv: want (T, 3, H, K), got ",
-                    qkv.sizes());
-  TORCH_CHECK_VALUE(qkv.is_contiguous(), op, ": qkv: want it contiguous");
+  check_floating(op, "qkv", qkv, {-1, 3, -1, -1});
+  TORCH_CHECK_VALUE(qkv.size(3) > 0, op, ": qkv: want heads of 1 or more, got ", qkv.sizes());
   return {qkv.size(0), qkv.size(2), qkv.size(3)};
 }
 
 Dropout check_dropout(const char* op, double p, const std::optional<Tensor>& seed, int64_t site) {
-  if (!seed || p <= 0) return {};
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, op, ": p: want 0 to 1, got ", p);
+  if (!seed || p == 0) return {};
   TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong, op,
                     ": seed: want (1,) int64, got ", seed->sizes(), " ", seed->scalar_type());
-  return {p, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>() + site)};
+  // unsigned: the sum may wrap
+  return {p, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) + static_cast<uint64_t>(site)};
 }
 
 // The tasks, the longest first; `rows` queries at most in each.
@@ -208,6 +210,7 @@ W softmax(W* scores, int64_t n, W scale, W& largest) {
 template <class T>
 void forward(const Tensor& qkv, const std::vector<Task>& tasks, const Shape& shape,
              const Dropout& dropout, Tensor& o, Tensor& lse) {
+  if (tasks.empty()) return;  // a head's size may then be any
   using W = Wide<T>;
   const int64_t rows = shape.T, K = shape.K;
   const T* const base = qkv.const_data_ptr<T>();
@@ -262,6 +265,7 @@ template <class T>
 void backward(const Tensor& d_o, const Tensor& qkv, const Tensor& o,
               const std::vector<Task>& tasks, const Shape& shape, const Dropout& dropout,
               Tensor& dqkv) {
+  if (tasks.empty()) return;
   using W = Wide<T>;
   using V = Vec<W>;
   const int64_t K = shape.K;

@@ -105,6 +105,8 @@ inline std::vector<Tensor> check_lists(const char* op, const Lists& lists, const
   int64_t grouped = 0;
   for (const int64_t size : lists.sizes) {
     TORCH_CHECK_VALUE(size >= 0, op, ": sizes: want none below 0, got ", size);
+    TORCH_CHECK_VALUE(size <= static_cast<int64_t>(n) - grouped, op, ": sizes: want the sum ", n,
+                      ", got ", lists.sizes);
     grouped += size;
   }
   TORCH_CHECK_VALUE(grouped == static_cast<int64_t>(n), op, ": sizes: want the sum ", n, ", got ",

@@ -86,7 +86,7 @@ void scatter_rows(const Wide<T>* dz, const int64_t* ids, int64_t count, int64_t 
     int64_t index = found.not_before(begin);
     for (int64_t row = begin; row < end;) {  // from one that occurs to the next
       const int64_t next = index < found.size() ? std::min(end, found.row(index)) : end;
-      if (next > row) std::memset(grad + row * D, 0, (next - row) * D * sizeof(T));
+      if (next > row && D > 0) std::memset(grad + row * D, 0, (next - row) * D * sizeof(T));
       row = next + 1;
       ++index;
     }
