@@ -23,6 +23,10 @@ OUT ?= build/benchmarks
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 EXTENSION := .venv/.extension
+SANITIZED := build/sanitize
+# What runs csrc.
+SANITIZED_TESTS = $(wildcard tests/test_extension*.py) $(patsubst %,tests/test_%.py,attention data_path \
+	embedding gelu layer_norm linear optimizer ops_contract)
 # As torch chooses it: $CXX, else c++ (make's own default for CXX is g++).
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 TRY_COMPILER = echo '\#include <Python.h>' | $(COMPILER) -fopenmp -fsyntax-only -x c++ \
@@ -32,7 +36,7 @@ ifneq ($(filter gpu-cases,$(MAKECMDGOALS)),)
 $(if $(CASE),,$(error CASE: want the number of a case, as in make gpu-cases CASE=3))
 endif
 
-.PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof test-gpu gpu-tune cpu-table ledger ext clean
+.PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof test-gpu gpu-tune cpu-table ledger ext sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -81,6 +85,16 @@ ledger: $(INSTALLED)  ## write benchmarks/results/README.md and docs/performance
 ext:  ## build the compiled extension again
 	rm -f $(EXTENSION)
 	$(MAKE) $(EXTENSION)
+
+# Leaks are not counted: Python and PyTorch hold memory until they end. What cannot be allocated is an
+# exception, as without sanitizers. Their libraries come first of all, and C++'s, whose throw they watch.
+sanitize: $(INSTALLED)  ## run the tests of csrc on a build with the address and undefined behaviour sanitizers
+	rm -rf $(SANITIZED)/bert_fast
+	PATH="$(CURDIR)/$(BIN):$$PATH" BERT_FAST_SANITIZE=1 BERT_FAST_EXT=1 \
+		$(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(COMPILER) -print-file-name=lib$$name.so; done | xargs)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH=$(CURDIR)/$(SANITIZED) BERT_FAST_EXT=1 $(BIN)/pytest $(SANITIZED_TESTS)
 
 clean:  ## remove what was built; .venv stays, for that: rm -rf .venv
 	rm -rf build dist *.egg-info bert_fast/_C.*.so $(EXTENSION)
