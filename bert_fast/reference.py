@@ -356,7 +356,7 @@ def linear_cross_entropy(
 
     The logits are made a few rows at a time and never held whole; the gradients for a loss
     gradient of 1 come out of the same pass. Without `with_grad` they are empty. `linear` computes
-    the products with w.
+    the logits.
     """
     N, V = x.shape[0], w.shape[0]
     wide = _wide_dtype(x)
@@ -379,7 +379,7 @@ def linear_cross_entropy(
             d_logits = torch.where(labelled[:, None], d_logits, 0)
             db += d_logits.sum(0)
             d_logits = d_logits.to(x.dtype)
-            dx[first : first + rows] = linear(d_logits, w.T, None)
+            dx[first : first + rows] = d_logits @ w
             dw += d_logits.T @ part
     if with_grad:
         dw, db = dw.to(w.dtype), db.to(w.dtype)
