@@ -84,6 +84,7 @@ def test_a_wrong_answer_of_unpad_is_seen(monkeypatch):
 
 def test_an_extension_that_is_not_built(monkeypatch):
     """That is no illness; what to install is said, the compiler first if there is none."""
+    monkeypatch.delenv("BERT_FAST_EXT", raising=False)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     found = diagnose()
     assert found.healthy and not found.extension["loaded"]
@@ -94,6 +95,7 @@ def test_an_extension_that_is_not_built(monkeypatch):
 
 
 def test_an_extension_that_does_not_load(monkeypatch):
+    monkeypatch.delenv("BERT_FAST_EXT", raising=False)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
 
     reason = "the C++ extension does not load: undefined symbol: _ZN"
