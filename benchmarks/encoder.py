@@ -23,7 +23,7 @@ from workload import Batch, Texts
 import bert_fast
 from bert_fast import BertConfig, reference_model
 from bert_fast.extension import load as load_extension
-from bert_fast.ops.products import cpu_library, library_times
+from bert_fast.ops.products import cpu_library, cpu_library_times
 
 _SEED = 1234
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -276,7 +276,7 @@ def our_notes(model: torch.nn.Module) -> dict[str, Any]:
     dtypes = {(p.device.type, p.dtype) for p in model.parameters()}
     extension, why = load_extension()
     if ("cpu", FP32) in dtypes:
-        notes |= {"cpu_library": cpu_library(), "cpu_library_ms": library_times()}
+        notes |= {"cpu_library": cpu_library(), "cpu_library_ms": cpu_library_times()}
     if "cpu" in {kind for kind, _ in dtypes}:
         notes["extension"] = why if extension is None else extension.cpu_capability()
     return notes

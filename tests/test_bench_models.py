@@ -126,7 +126,7 @@ def test_rows_say_which_library_and_instructions_ran():
     (_, (fp32, *_)), (_, (bf16, *_)) = small("cpu 8x128"), small("cpu 8x128 bf16")
     notes = fp32.prepare().notes
     assert notes["cpu_library"] == products.cpu_library() in products.LIBRARIES
-    assert notes["cpu_library_ms"] == products.library_times()
+    assert notes["cpu_library_ms"] == products.cpu_library_times()
     assert notes["extension"] == (why if loaded is None else loaded.cpu_capability())
     assert "cpu_library" not in bf16.prepare().notes  # products in bf16 are PyTorch's
     _, (ours, sdpa, *_) = small("cpu mini 32x128")

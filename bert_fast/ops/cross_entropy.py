@@ -34,7 +34,6 @@ _fwd = registry.register(
     fake=_fake,
     cuda=_fwd_cuda,
     cpu=partial(reference.linear_cross_entropy, linear=products.linear),
-    compiled=False,
 )
 
 

@@ -73,7 +73,7 @@ _fwd = registry.register(
     cuda=reference.linear,
     by="cublas",
     cpu=_fwd_cpu,
-    compiled=False,
+    cpu_reason="",
 )
 _bwd = registry.register(
     "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw, Tensor db)",
@@ -81,7 +81,7 @@ _bwd = registry.register(
     fake=_bwd_fake,
     cuda=_bwd_cuda,
     cpu=_bwd_cpu,
-    compiled=False,
+    cpu_reason="",
 )
 _gelu_fwd = registry.register(
     "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation, bool save=True)"

@@ -76,7 +76,7 @@ def fixed_cpu_library(name: str) -> Iterator[None]:
         set_cpu_library(before)
 
 
-def library_times() -> dict[str, float]:
+def cpu_library_times() -> dict[str, float]:
     """Return milliseconds of each library in the measurement; empty where none was made."""
     return dict(_times)
 

@@ -61,7 +61,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     by: str = "triton",
     cpu: Callable[..., Any] | None = None,
-    compiled: bool = True,
+    cpu_reason: str | None = None,
 ) -> torch._ops.OpOverload:
     """Define an operator of the namespace bert_fast and return it.
 
@@ -74,7 +74,7 @@ def register(
         by: what `cuda` is made of: "triton", "cublas" where PyTorch's product is all of it, or
             "pytorch", its fused operators. Where csrc serves CUDA, `cuda` is not used.
         cpu: the implementation for the CPU by operators of PyTorch, unless csrc has one.
-        compiled: whether csrc is to have a faster one for the CPU.
+        cpu_reason: why csrc has none, empty if `cpu` is the fastest there is; None: it should.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -98,8 +98,9 @@ def register(
     else:
         _lib.impl(name, eager if cpu is None else _without_autocast(cpu), "CPU")
         served = "reference" if cpu is None else "pytorch"
-        reason = (_no_extension or "csrc has no implementation of it") if compiled else ""
-        on_cpu = Implementation(served, reason)
+        if cpu_reason is None:
+            cpu_reason = _no_extension or "csrc has no implementation of it"
+        on_cpu = Implementation(served, cpu_reason)
     _implementations[name] = {"cpu": on_cpu, "cuda": on_cuda}
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
     return getattr(torch.ops.bert_fast, name).default

@@ -46,7 +46,7 @@ _unpad_work = registry.register(
     " -> (Tensor rows, Tensor cu_seqlens, Tensor work, Tensor max_len)",
     reference=_work_reference,
     fake=_work_fake,
-    compiled=False,
+    cpu_reason="only a GPU needs it",
 )
 
 

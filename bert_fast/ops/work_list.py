@@ -24,7 +24,7 @@ _work_list = registry.register(
     reference=reference.work_list,
     fake=_fake,
     cuda=_cuda,
-    compiled=False,
+    cpu_reason="only a GPU needs it",
 )
 
 
