@@ -191,6 +191,18 @@ def check(case: Case, norm: float = 1.25, largest: float = 2.0) -> None:
     return assert_as_good(got, gradients(narrow, call, dy), truth, norm, largest)
 
 
+def check_most(cases: Sequence[Case], norm: float = 1.25, largest: float = 2.0) -> None:
+    """check() of more than half of these: draws of one case where luck decides over a single one."""
+    failures = []
+    for case in cases:
+        try:
+            check(case, norm, largest)
+        except AssertionError as failure:
+            failures.append(failure)
+    if 2 * len(failures) >= len(cases):
+        raise failures[0]
+
+
 def _dropout(p: float, site: int) -> dict[str, Any]:
     return {"p": p, "seed": torch.tensor([SEED]), "site": site} if p else {}
 

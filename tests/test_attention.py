@@ -13,6 +13,7 @@ from op_cases import (
     attention_case,
     borders,
     check,
+    check_most,
     every_dtype,
     gradients,
 )
@@ -45,10 +46,10 @@ def many_lengths(longest: int) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formula(shape, slack, data, dtype, device):
     lengths, H, K = shape
-    # of few keys one score's rounding decides over a row: the baseline may have a small one by luck
-    few = max(lengths, default=0) < 8
-    case = attention_case(lengths, H, K, slack=slack, data=data).to(dtype, device)
-    check(case, norm=4.0 if few else 1.5, largest=4.0 if few else 2.0)
+    # of few keys one score's rounding decides over a row, and the baseline may have it by luck
+    draws = 5 if max(lengths, default=8) < 8 else 1
+    cases = [attention_case(lengths, H, K, slack=slack, data=data) for _ in range(draws)]
+    check_most([case.to(dtype, device) for case in cases], norm=1.5)
 
 
 @every_dtype

@@ -27,9 +27,9 @@ constexpr int64_t tile_width(int64_t columns) {
   return (columns + kTileColumns<W> - 1) / kTileColumns<W> * kTileColumns<W>;
 }
 
-// Products of a sum that are added one to the next; beyond, sums of so many are added, which loses
-// less.
-constexpr int64_t kChain = 64;
+// How many of a sum's K products are added one to the next; then sums of so many are added, which
+// loses less: as little as a BLAS that keeps four sums.
+inline int64_t chain(int64_t K) { return std::clamp<int64_t>((K + 3) / 4, 4, 64); }
 
 // c (M, tile) = or += a (M, K) b (K, tile). Each element is one chain of fused products in the
 // order of K, whatever M is: the bits of a row do not depend on its neighbours.
@@ -94,11 +94,12 @@ template <bool add, class W>
 inline void multiply(int64_t M, int64_t N, int64_t K, const W* a, int64_t a_row, int64_t a_column,
                      const W* panels, W* c, int64_t c_row) {
   constexpr int64_t columns = kTileColumns<W>;
+  const int64_t step = chain(K);
   for (int64_t n = 0; n < N; n += columns, panels += K * columns) {
-    multiply_rows<add>(M, a, a_row, a_column, panels, columns, c + n, c_row, std::min(kChain, K));
-    for (int64_t k = kChain; k < K; k += kChain) {
+    multiply_rows<add>(M, a, a_row, a_column, panels, columns, c + n, c_row, std::min(step, K));
+    for (int64_t k = step; k < K; k += step) {
       multiply_rows<true>(M, a + k * a_column, a_row, a_column, panels + k * columns, columns,
-                          c + n, c_row, std::min(kChain, K - k));
+                          c + n, c_row, std::min(step, K - k));
     }
   }
 }
