@@ -1,4 +1,4 @@
-"""The rows for matrix products and GELU, alone and together."""
+"""The rows for matrix products and GELU, alone and together, and for the gradient of a bias."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ def _linear_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
 
 
 def _linear_bwd_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
-    return ops.linear_bwd(v["dy"], v["x"], v["w"], [True] * 3)
+    return ops.linear_bwd(v["dy"], v["x"], v["w"], [True] * 2)
 
 
 def _linear_gelu_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
@@ -43,7 +43,7 @@ def _linear_work(e: int, p: float, T: int, D: int, F: int) -> Work:
 
 
 def _linear_bwd_work(e: int, p: float, T: int, D: int, F: int) -> Work:
-    moved = e * (T * F + 2 * T * D + 2 * F * D + F)
+    moved = e * (T * F + 2 * T * D + 2 * F * D)
     return Work(tokens=T, slots=T, bytes=moved, flops=4 * T * D * F)
 
 
@@ -75,9 +75,9 @@ LINEAR_BWD = Row(
     _LINEAR_SIZES,
     _linear_inputs,
     _linear_bwd_call,
-    ("dx", "dw", "db"),
+    ("dx", "dw"),
     _linear_bwd_work,
-    {"torch": Peer(_linear_torch, ("x", "w", "b"))},
+    {"torch": Peer(_linear_torch, ("x", "w"))},
 )
 LINEAR_GELU = Row(
     "linear_gelu",
@@ -89,11 +89,38 @@ LINEAR_GELU = Row(
     {"torch": Peer(_linear_gelu_torch)},
 )
 
-_GELU_SIZES = {
+_ROW_SIZES = {
     "full": {"T": 16384, "F": 3072},
     "small": {"T": 128, "F": 384},
     "odd": {"T": 67, "F": 101},
 }
+
+
+def _column_sums_inputs(draw: Draw, T: int, F: int) -> dict[str, Tensor]:
+    return {"b": draw.normal(F), "dy": draw.normal(T, F, mean=0.25)}
+
+
+def _column_sums_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+    return (ops.column_sums(v["dy"]),)
+
+
+def _column_sums_work(e: int, p: float, T: int, F: int) -> Work:
+    return Work(tokens=T, slots=T, bytes=e * (T * F + F))
+
+
+def _column_sums_torch(v: Inputs, p: float) -> Tensor:
+    return v["b"].expand_as(v["dy"])
+
+
+COLUMN_SUMS = Row(
+    "column_sums",
+    _ROW_SIZES,
+    _column_sums_inputs,
+    _column_sums_call,
+    ("db",),
+    _column_sums_work,
+    {"torch": Peer(_column_sums_torch, ("b",))},
+)
 
 
 def _gelu_inputs(draw: Draw, T: int, F: int) -> dict[str, Tensor]:
@@ -122,7 +149,7 @@ def _gelu_torch(v: Inputs, p: float) -> Tensor:
 
 GELU = Row(
     "bias_gelu",
-    _GELU_SIZES,
+    _ROW_SIZES,
     _gelu_inputs,
     _gelu_call,
     ("y",),
@@ -131,7 +158,7 @@ GELU = Row(
 )
 GELU_BWD = Row(
     "bias_gelu_bwd",
-    _GELU_SIZES,
+    _ROW_SIZES,
     _gelu_inputs,
     _gelu_bwd_call,
     ("dx", "db"),
@@ -142,6 +169,7 @@ GELU_BWD = Row(
 ROWS = {
     "linear": LINEAR,
     "linear_bwd": LINEAR_BWD,
+    "column_sums": COLUMN_SUMS,
     "linear_gelu": LINEAR_GELU,
     "bias_gelu": GELU,
     "bias_gelu_bwd": GELU_BWD,

@@ -160,7 +160,7 @@ TUNABLES = (
     Tunable("layer_norm.BWD_TILES", _COLUMNS, _NORM_AHEAD, _NORM_BWD),
     Tunable("gelu.FWD_TILES", None, _GELU, _wide("bias_gelu")),
     Tunable("gelu.BWD_TILES", None, _GELU, _wide("bias_gelu_bwd")),
-    Tunable("linear.COLUMN_SUM_TILES", None, _SUMS, _wide("column sums")),
+    Tunable("linear.COLUMN_SUM_TILES", None, _SUMS, _wide("column_sums")),
     Tunable("embedding.FWD_TILES", _COLUMNS, _ONE_PASS, _both("embed")),
     Tunable("embedding.BWD_TILES", _COLUMNS, _EMBED_AHEAD, _both("embed_bwd")),
     Tunable("embedding_tables.CHUNKS", 0, _WORD_CHUNKS, _both("embed_bwd")[:1]),

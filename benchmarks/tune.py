@@ -21,12 +21,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import checkout  # noqa: F401
-import op_linear
 import ops
 import torch
 import tunables
-from gate import Candidate, Case, Prepared, Work
-from op_rows import Answers, Inputs, Row, build
+from gate import Candidate, Case, Prepared
+from op_rows import Inputs, Row, build
 from record import Run, clean
 from tunables import Entry, Timed, Tunable, title
 
@@ -92,31 +91,10 @@ def in_force(tunable: Tunable, entry: Entry, device: torch.device) -> Iterator[N
 # --- cases ---------------------------------------------------------------------------------------
 
 
-def _column_sums_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
-    """Only the bias's gradient: beside the products nobody would see it."""
-    return ops.linear_bwd(v["dy"], v["x"], v["w"], [False, False, True])[2:]
-
-
-def _column_sums_work(e: int, p: float, T: int, D: int, F: int) -> Work:
-    return Work(tokens=T, slots=T, bytes=e * (T * F + F))
-
-
-ROWS: Mapping[str, Row] = {
-    **ops.ROWS,
-    "column sums": replace(
-        op_linear.LINEAR_BWD,
-        call=_column_sums_call,
-        outputs=("db",),
-        work=_column_sums_work,
-        peers={"torch": replace(op_linear.LINEAR_BWD.peers["torch"], leaves=("b",))},
-    ),
-}
-
-
 def row_of(timed: Timed) -> Row:
     """Return the row by which an entry is timed."""
-    row = ROWS[timed.row or timed.name]
-    sizes = ROWS[timed.like].sizes if timed.like else row.sizes
+    row = ops.ROWS[timed.row or timed.name]
+    sizes = ops.ROWS[timed.like].sizes if timed.like else row.sizes
     sizes = {name: {**values, **timed.sizes} for name, values in sizes.items()}
     return replace(row, sizes=sizes, p=row.p if timed.p is None else timed.p)
 

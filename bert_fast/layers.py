@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops, reference
 from bert_fast.config import BertConfig
+from bert_fast.ops import products
 from bert_fast.packing import Layout, PackedBatch
 
 
@@ -69,13 +70,17 @@ def linear_add_layer_norm(
 
     The bias of dense is left to the LayerNorm, whose backward pass sums its gradient on the way.
     """
-    if not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)):
+    if not is_plain(norm, nn.LayerNorm):
         return norm(dropout(linear(dense, x)) + residual)
-    if is_plain(dense, nn.Linear):
-        x, bias = ops.linear(x, dense.weight), dense.bias
+    bias, p = None, 0.0
+    if not is_plain(dropout, nn.Dropout):
+        x = dropout(linear(dense, x))
     else:
-        x, bias = dense(x), None
-    p = dropout_p(dropout, seed)
+        p = dropout_p(dropout, seed)
+        if is_plain(dense, nn.Linear):
+            x, bias = ops.linear(x, dense.weight), dense.bias
+        else:
+            x = dense(x)
     return ops.add_layer_norm(
         x, residual, norm.weight, norm.bias, norm.eps, bias=bias, p=p, seed=seed, site=site
     )
@@ -110,13 +115,13 @@ class BertEmbeddings(nn.Module):
             is_plain(self.position_embeddings, nn.Embedding)
             and is_plain(self.token_type_embeddings, nn.Embedding)
             and is_plain(self.LayerNorm, nn.LayerNorm)
-            and is_plain(self.dropout, nn.Dropout)
         )
+        fuses_dropout = is_plain(self.dropout, nn.Dropout)
         if not plain:
             word = nn.functional.embedding(tokens, word, pad_id) if tokens is not None else word
             x = word + self.token_type_embeddings(batch.types)
             return self.dropout(self.LayerNorm(x + self.position_embeddings(batch.positions)))
-        return ops.embed(
+        x = ops.embed(
             tokens,
             batch.positions,
             batch.types,
@@ -127,9 +132,10 @@ class BertEmbeddings(nn.Module):
             self.LayerNorm.bias,
             self.LayerNorm.eps,
             pad_id=pad_id,
-            p=dropout_p(self.dropout, seed),
+            p=dropout_p(self.dropout, seed) if fuses_dropout else 0.0,
             seed=seed,
         )
+        return x if fuses_dropout else self.dropout(x)
 
 
 class BertSelfAttention(nn.Module):
@@ -161,49 +167,53 @@ class BertSelfAttention(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         """Return query, key and value of rows x as (T, 3, H, K)."""
         parts = self.query, self.key, self.value
-        if self._fuses(x) and all(is_plain(part, nn.Linear) for part in parts):
-            qkv = ops.linear(x, *self._fused_weights())
+        plain = all(is_plain(part, nn.Linear) for part in parts)
+        fused = self._fused_weights(x) if plain else None
+        if fused is not None:
+            qkv = ops.linear(x, *fused)
         else:
             qkv = torch.stack([linear(part, x) for part in parts], dim=1)
         return qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
 
     @staticmethod
     def _fuses(x: Tensor) -> bool:
-        """Return whether one product is better than three: on a GPU it saves launches.
+        """Return whether a fused product is worth putting the weights together each time.
 
-        On the CPU it is as fast (BERT-base, 16 to 1,024 rows, 2 cores of an AMD EPYC, 2026-11-21),
-        and three need no copy of the weights.
+        On a GPU, for it saves launches. On the CPU it is as fast as three (BERT-base, 16 to 1,024
+        rows, 2 cores of an AMD EPYC, 2026-11-21).
         """
         return x.is_cuda
 
-    def _fused_weights(self) -> tuple[Tensor, Tensor]:
-        """Return the three weights and biases in one; kept only while gradients are off.
+    def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the three weights and biases in one; None where three products of x are better.
 
-        What is kept is used for the very tensors it was made of, in the version it was made of.
-        A write through `.data`, which PyTorch does not count, needs `drop_fused_weights`.
+        They are kept while gradients are off, for the very tensors they were made of, in the
+        version they were made of. A write through `.data`, which PyTorch does not count, needs
+        `drop_fused_weights`.
         """
         parts = self.query, self.key, self.value
-        weights, biases = [p.weight for p in parts], [p.bias for p in parts]
-        tensors = [*weights, *biases]
+        tensors = [p.weight for p in parts] + [p.bias for p in parts]
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or any(t.is_inference() for t in tensors)  # these have no version
         ):
             self._fused = None
-            return torch.cat(weights), torch.cat(biases)
+            return (torch.cat(tensors[:3]), torch.cat(tensors[3:])) if self._fuses(x) else None
         kept = self._fused
         if kept is None or any(
             t is not made_of or t._version != version
             for t, (made_of, version) in zip(tensors, kept[0], strict=True)
         ):
             versions = [(t, t._version) for t in tensors]
-            kept = self._fused = versions, torch.cat(weights), torch.cat(biases)
+            with torch.inference_mode(False), torch.no_grad():  # what it makes has a version too
+                kept = self._fused = versions, torch.cat(tensors[:3]), torch.cat(tensors[3:])
         return kept[1], kept[2]
 
     def drop_fused_weights(self) -> None:
-        """Forget the fused weights: the parameters may change unseen from here on."""
+        """Forget what was made of weights: the parameters may change unseen from here on."""
         self._fused = None
+        products.forget_packed()
 
     def train(self, mode: bool = True) -> "BertSelfAttention":
         """Set the mode, and drop the fused weights."""

@@ -218,18 +218,21 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, b: Tensor | None, name: str) -> tuple[T
 # --- linear --------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None, save: bool = True) -> Tensor:
     """Return x w^T + b for rows x (T, D) and w (F, D); PyTorch's GEMMs sum 16 bits in fp32."""
     return F.linear(x, w, b)
 
 
-def linear_bwd(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, dw, db) of `linear`; empty where `need` says that nobody wants it."""
-    return (
-        dy @ w if need[0] else x.new_empty(0),
-        dy.T @ x if need[1] else w.new_empty(0),
-        dy.sum(0, dtype=_wide_dtype(dy)).to(dy.dtype) if need[2] else w.new_empty(0),
-    )
+def linear_bwd(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor]:
+    """Return (dx, dw) of `linear`; empty where `need` says that nobody wants it."""
+    dx = dy @ w if need[0] else x.new_empty(0)
+    dw = dy.T @ x if need[1] else w.new_empty(0)
+    return dx, dw
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """Return the sums (F,) over the rows of dy (T, F): the gradient of a bias."""
+    return dy.sum(0, dtype=_wide_dtype(dy)).to(dy.dtype)
 
 
 def linear_gelu(

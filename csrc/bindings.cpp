@@ -25,8 +25,8 @@
 // The operators of the CPU, by their schemas' names.
 #define FOR_EACH_CPU_OP(OP)                                                                    \
   OP(adamw_) OP(add_layer_norm) OP(add_layer_norm_bwd) OP(attention) OP(attention_bwd)         \
-  OP(bias_gelu) OP(bias_gelu_bwd) OP(embed) OP(embed_bwd) OP(grad_norm) OP(lamb_) OP(linear_gelu) \
-  OP(unpad)
+  OP(bias_gelu) OP(bias_gelu_bwd) OP(column_sums) OP(embed) OP(embed_bwd) OP(grad_norm)         \
+  OP(lamb_) OP(linear_gelu) OP(unpad)
 
 #ifdef BERT_FAST_CUDA
 namespace bert_fast::cuda {

@@ -73,7 +73,7 @@ def column_sums(dy: Tensor) -> Tensor:
     Raises:
         NotImplementedError: the dtype is not supported.
     """
-    common.unsupported("linear_bwd", common.unsupported_dtypes(dy=dy))
+    common.unsupported("column_sums", common.unsupported_dtypes(dy=dy))
     (dy,) = common.aligned(dy)
     T, F = dy.shape
     db = torch.empty(F, dtype=dy.dtype, device=dy.device)

@@ -192,7 +192,7 @@ def check(case: Case, norm: float = 1.25, largest: float = 2.0) -> None:
 
 
 def check_most(cases: Sequence[Case], norm: float = 1.25, largest: float = 2.0) -> None:
-    """check() of more than half of these: draws of one case where luck decides over a single one."""
+    """check() of more than half of these draws of a case: over a single one luck decides."""
     failures = []
     for case in cases:
         try:

@@ -161,9 +161,8 @@ def test_gelu(kernel_device):
 @needs("linear")
 def test_linear_bias_gradient(kernel_device):
     dy = tall(8192)
-    x, w = torch.zeros(dy.shape[0], 1, dtype=DTYPE), torch.zeros(8192, 1, dtype=DTYPE)
-    call = last_programs(1, lambda: raw("linear_bwd", dy=dy, x=x, w=w, need=[False, False, True]))
-    assert call[2].shape == (8192,)
+    db = last_programs(1, lambda: raw("column_sums", dy=dy))
+    assert db.shape == (8192,)
 
 
 # --- embeddings ----------------------------------------------------------------------------------

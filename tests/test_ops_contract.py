@@ -236,7 +236,8 @@ def forward_and_backward_ops(dtype: torch.dtype) -> dict[str, tuple]:
         "bias_gelu": (x, b, "gelu"),
         "bias_gelu_bwd": (dy, x, b, "gelu_new"),
         "linear": (x, m, randn(7)),
-        "linear_bwd": (randn(5, 7), x, m, [True, False, True]),
+        "linear_bwd": (randn(5, 7), x, m, [True, False]),
+        "column_sums": (x,),
         "linear_gelu": (x, m, None, "relu"),
         "attention": (qkv, *attention),
         "attention_bwd": (randn(9, 2, 8), qkv, o, lse, *attention),
@@ -254,7 +255,7 @@ OTHER_FORMS = {  # arguments to replace by index: the branches of an operator th
     "bias_gelu": {1: None},
     "bias_gelu_bwd": {2: None},
     "linear": {2: None},
-    "linear_bwd": {3: [False, True, False]},
+    "linear_bwd": {3: [False, True]},
     "linear_cross_entropy": {2: None, 4: False},
     "work_list": {1: 300, 2: 128},
 }

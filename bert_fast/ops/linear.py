@@ -2,7 +2,7 @@
 
 On a GPU the products are cuBLAS's, through PyTorch, and stay so until one of ours with an epilogue
 is measurably faster. The activation and the sums over rows are kernels. On the CPU the products are
-the better library's (products.py).
+the better library's (products.py). `save` says whether a backward pass follows.
 """
 
 from typing import Any
@@ -15,14 +15,17 @@ from bert_fast.ops import checks, products, registry
 from bert_fast.ops.gelu import bias_gelu, bias_gelu_bwd, check_activation
 
 
-def _fwd_fake(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _fwd_fake(x: Tensor, w: Tensor, b: Tensor | None, save: bool = True) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
 
 
-def _bwd_fake(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = x.shape, w.shape, (w.shape[0],)
-    dx, dw, db = (x.new_empty(s if n else (0,)) for s, n in zip(shapes, need, strict=True))
-    return dx, dw, db
+def _bwd_fake(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor]:
+    dx, dw = (t.new_empty(t.shape if n else (0,)) for t, n in zip((x, w), need, strict=True))
+    return dx, dw
+
+
+def _column_sums_fake(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1])
 
 
 def _gelu_fake(
@@ -31,12 +34,10 @@ def _gelu_fake(
     return _fwd_fake(x, w, b), _fwd_fake(x, w, b) if save else x.new_empty(0)
 
 
-def _bwd_cuda(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _column_sums_cuda(dy: Tensor) -> Tensor:
     from bert_fast.kernels.linear import column_sums
 
-    db = column_sums(dy) if need[2] else w.new_empty(0)  # first: it may refuse
-    dx, dw, _ = reference.linear_bwd(dy, x, w, [*need[:2], False])
-    return dx, dw, db
+    return column_sums(dy)
 
 
 def _gelu_cuda(
@@ -48,26 +49,25 @@ def _gelu_cuda(
     return registry.saved((bias_gelu_fwd(h, None, activation), h), save)
 
 
-def _fwd_cpu(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return products.linear(x, w.contiguous(), b)
+def _fwd_cpu(x: Tensor, w: Tensor, b: Tensor | None, save: bool = True) -> Tensor:
+    return products.linear(x, w.contiguous(), b, reuse=not save)
 
 
-def _bwd_cpu(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_cpu(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor]:
     """The library of the forward product for dx; for dw BLAS, which need not transpose first."""
     dx = products.linear(dy, w.contiguous().T, None) if need[0] else x.new_empty(0)
-    _, dw, db = reference.linear_bwd(dy, x, w, [False, *need[1:]])
-    return dx, dw, db
+    return dx, reference.linear_bwd(dy, x, w, [False, need[1]])[1]
 
 
 def _gelu_cpu(
     x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
 ) -> tuple[Tensor, Tensor]:
-    h = _fwd_cpu(x, w, b)
+    h = _fwd_cpu(x, w, b, save)
     return registry.saved((bias_gelu(h, None, activation), h), save)
 
 
 _fwd = registry.register(
-    "linear(Tensor x, Tensor w, Tensor? b) -> Tensor",
+    "linear(Tensor x, Tensor w, Tensor? b, bool save=True) -> Tensor",
     reference=reference.linear,
     fake=_fwd_fake,
     cuda=reference.linear,
@@ -76,12 +76,19 @@ _fwd = registry.register(
     cpu_reason="",
 )
 _bwd = registry.register(
-    "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw, Tensor db)",
+    "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw)",
     reference=reference.linear_bwd,
     fake=_bwd_fake,
-    cuda=_bwd_cuda,
+    cuda=reference.linear_bwd,
+    by="cublas",
     cpu=_bwd_cpu,
     cpu_reason="",
+)
+_column_sums = registry.register(
+    "column_sums(Tensor dy) -> Tensor",
+    reference=reference.column_sums,
+    fake=_column_sums_fake,
+    cuda=_column_sums_cuda,
 )
 _gelu_fwd = registry.register(
     "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation, bool save=True)"
@@ -93,8 +100,8 @@ _gelu_fwd = registry.register(
 )
 
 
-def _linear_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> list[Tensor | None]:
-    need = list(ctx.needs_input_grad[:3])
+def _product_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> list[Tensor | None]:
+    need = list(ctx.needs_input_grad[:2])
     return [g if n else None for g, n in zip(_bwd(dy, x, w, need), need, strict=True)]
 
 
@@ -107,7 +114,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @registry.first_order("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(_linear_grads(ctx, dy.contiguous(), *ctx.saved_tensors))
+        dy = dy.contiguous()
+        db = _column_sums(dy) if ctx.needs_input_grad[2] else None  # first: it may refuse
+        return *_product_grads(ctx, dy, *ctx.saved_tensors), db
 
 
 class _LinearGelu(torch.autograd.Function):
@@ -123,9 +132,7 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, h = ctx.saved_tensors
         dh, db = bias_gelu_bwd(dy.contiguous(), h, None, ctx.activation)
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx, dw, _ = _bwd(dh, x, w, [need_x, need_w, False])
-        return dx if need_x else None, dw if need_w else None, db if need_b else None, None
+        return *_product_grads(ctx, dh, x, w), db if ctx.needs_input_grad[2] else None, None
 
 
 def _check(
@@ -167,7 +174,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     args = _check("linear", x, w, b)
     if registry.needs_grad("linear", *args):
         return _Linear.apply(*args)
-    return _fwd(*args)
+    return _fwd(*args, False)
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:

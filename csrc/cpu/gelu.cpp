@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& w,
   // the product is Python's to choose: bert_fast/ops/products.py
   Tensor h = c10::Dispatcher::singleton()
                  .findSchemaOrThrow("bert_fast::linear", "")
-                 .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>()
-                 .call(x, w, b);
+                 .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool)>()
+                 .call(x, w, b, save);
   check_floating(kLinearOp, "x w^T", h, {-1, -1});
   Tensor y = save ? empty(h.sizes(), h.options()) : h;
   run(kLinearOp, h, Tensor(), activation, y);

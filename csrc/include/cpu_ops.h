@@ -46,6 +46,7 @@ Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& b, std::string_vi
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x,
                                          const std::optional<Tensor>& b,
                                          std::string_view activation);
+Tensor column_sums(const Tensor& dy);
 // Without `save` h is empty.
 std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& w,
                                        const std::optional<Tensor>& b,
