@@ -310,6 +310,11 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
         lambda: reference.linear(*wide(x, w_DD, b)),
     )
     yield (
+        "column_sums",
+        lambda to: torch.ops.bert_fast.column_sums(to(x)),
+        lambda: reference.column_sums(*wide(x)),
+    )
+    yield (
         "linear_gelu",
         lambda to: ops.linear_gelu(*map(to, (x, w_DD, b))),
         lambda: reference.linear_gelu(*wide(x, w_DD, b), "gelu")[0],

@@ -149,7 +149,7 @@ class BertSelfAttention(nn.Module):
         self.site = site
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self._fused: tuple[list[tuple[Tensor, int]], Tensor, Tensor] | None = None
+        self._fused: tuple[list[Tensor], list, Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, layout: Layout, seed: Tensor | None, output_attentions: bool
@@ -187,28 +187,27 @@ class BertSelfAttention(nn.Module):
     def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the three weights and biases in one; None where three products of x are better.
 
-        They are kept while gradients are off, for the very tensors they were made of, in the
-        version they were made of. A write through `.data`, which PyTorch does not count, needs
-        `drop_fused_weights`.
+        They are kept while gradients are off, for the very tensors they were made of, as these
+        were. A write through `.data`, which PyTorch does not count, needs `drop_fused_weights`.
         """
         parts = self.query, self.key, self.value
         tensors = [p.weight for p in parts] + [p.bias for p in parts]
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or not all(t.is_contiguous() for t in tensors)
             or any(t.is_inference() for t in tensors)  # these have no version
         ):
             self._fused = None
             return (torch.cat(tensors[:3]), torch.cat(tensors[3:])) if self._fuses(x) else None
         kept = self._fused
-        if kept is None or any(
-            t is not made_of or t._version != version
-            for t, (made_of, version) in zip(tensors, kept[0], strict=True)
-        ):
-            versions = [(t, t._version) for t in tensors]
+        states = [products.state_of(t) for t in tensors]
+        if kept is None or kept[1] != states:
             with torch.inference_mode(False), torch.no_grad():  # what it makes has a version too
-                kept = self._fused = versions, torch.cat(tensors[:3]), torch.cat(tensors[3:])
-        return kept[1], kept[2]
+                weight, bias = torch.cat(tensors[:3]), torch.cat(tensors[3:])
+            # the tensors too: while they live no other has their address
+            kept = self._fused = tensors, states, weight, bias
+        return kept[2:]
 
     def drop_fused_weights(self) -> None:
         """Forget what was made of weights: the parameters may change unseen from here on."""

@@ -73,7 +73,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """How a call is drawn; see `Call` and bert_fast/ops/optimizer.py."""
+    """How a call is drawn; see `Call` and bert_fast/reference_optimizer.py."""
 
     shapes: Sequence[Shape]
     clip: bool = False

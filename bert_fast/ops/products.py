@@ -31,6 +31,7 @@ _ROWS, _COLUMNS = 192, 768  # of the product that is measured: about 1 ms
 # BERT-base's products gained 40 % of packing at 16 rows, 10 % at 128, 5 % at 256, 4 % at 1,024 in
 # fp32, and 80, 18 and 10 % at 16, 128 and 1,024 rows in bf16 (2 cores of an AMD EPYC, 2026-11-22).
 _PACKED_ROWS = {torch.float32: 256, torch.bfloat16: 2**62}
+_SAMPLES = 16  # numbers of a weight that are looked at
 _FEW_ROWS = 16  # of the product that says whether packing is worth it
 
 _lock = threading.Lock()
@@ -152,9 +153,20 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, *, reuse: bool = False) -> Te
 class _Packed(NamedTuple):
     """What is known of a weight: its state when last seen, and itself in oneDNN's order."""
 
-    version: int
-    address: int
+    state: Any
     packed: Tensor | None
+
+
+def state_of(w: Tensor) -> Any:
+    """Return what tells a weight from what it was before: equal to that, or it has changed.
+
+    PyTorch counts writes, but those through `.data` or by a fused optimizer it does not. On the CPU
+    a few of the numbers betray most of these; on a GPU to look at them would be to wait. Gradients
+    are off, and w is contiguous.
+    """
+    step = w.numel() // _SAMPLES
+    some = w.as_strided((_SAMPLES,), (step,)).tolist() if step and w.is_cpu else []
+    return w._version, w.data_ptr(), some
 
 
 _packed: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()
@@ -186,11 +198,10 @@ def _packed_weight(w: Tensor, rows: int) -> Tensor | None:
     # a product of one row has other bits by a packed weight; inference tensors have no version
     if rows == 1 or w.is_inference() or not _packs():
         return None
-    seen = _packed.get(w)
-    now = _Packed(w._version, w.data_ptr(), None)
-    if seen is None or seen[:2] != now[:2]:
-        _packed[w] = now
+    seen, state = _packed.get(w), state_of(w)
+    if seen is None or seen.state != state:
+        _packed[w] = _Packed(state, None)
         return None
     if seen.packed is None and rows <= _PACKED_ROWS[w.dtype]:
-        seen = _packed[w] = now._replace(packed=_pack(w))
+        seen = _packed[w] = _Packed(state, _pack(w))
     return seen.packed

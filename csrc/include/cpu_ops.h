@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& w,
                                        const std::optional<Tensor>& b,
                                        std::string_view activation, bool save);
 
-// optimizer.cpp; the arguments are told in bert_fast/ops/optimizer.py.
+// optimizer.cpp; the arguments are told in bert_fast/reference_optimizer.py.
 Tensor grad_norm(at::TensorList grads, const std::optional<Tensor>& grad_scale);
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
             at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList masters,

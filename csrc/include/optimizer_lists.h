@@ -15,7 +15,7 @@ namespace bert_fast::optimizer {
 using at::Tensor;
 using at::TensorList;
 
-// The arguments of adamw_ and lamb_ in their order; see bert_fast/ops/optimizer.py.
+// The arguments of adamw_ and lamb_ in their order; see bert_fast/reference_optimizer.py.
 struct Lists {
   TensorList params, grads, exp_avgs, exp_avg_sqs, steps, masters;
   at::IntArrayRef sizes;  // parameters of each group, which follow each other
