@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch
 @pytest.fixture(autouse=True)
 def packing(monkeypatch):
     """By oneDNN, which packs whatever a measurement says; nothing is packed yet."""
-    monkeypatch.setattr(products, "_packs", lambda: True)
+    monkeypatch.setattr(products, "_packs", lambda dtype: True)
     with products.fixed_cpu_library("onednn"):
         yield
     products.forget_packed()
@@ -42,7 +42,7 @@ def met(w, times=2, rows=3):
     return w
 
 
-def weight(rows=24, columns=40, dtype=torch.float32):
+def weight(rows=96, columns=64, dtype=torch.float32):
     return torch.nn.Parameter(torch.randn(rows, columns).to(dtype))
 
 
@@ -58,8 +58,9 @@ in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 
 @in_each_dtype
 @pytest.mark.parametrize("rows", [2, 5, 64, 256, 300])
-@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (768, 768), (100, 33), (2304, 768)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (100, 33), (312, 1200), (2304, 768)], ids=str)
 def test_what_plain_ones_give(shape, rows, dtype):
+    """To the bit, where `_keeps_bits` finds so."""
     w, b, x = weight(*shape, dtype), torch.randn(shape[0]).to(dtype), torch.randn(rows, shape[1])
     x = x.to(dtype)
     plain = products.linear(x, w, b)
@@ -67,7 +68,9 @@ def test_what_plain_ones_give(shape, rows, dtype):
         again = products.linear(x, w, b, reuse=True)
     assert packed(w) == (dtype == torch.bfloat16 or rows <= 256)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(again, plain, rtol=2 * eps, atol=shape[1] ** 0.5 * eps)
+    torch.testing.assert_close(again, plain, rtol=2 * eps, atol=shape[1] * eps)
+    if products._keeps_bits(dtype):
+        assert torch.equal(again, plain)
 
 
 def test_packed_when_met_again():
@@ -107,7 +110,7 @@ def little_through_data(w):
 
 def little_by_optimizer(w):
     """Nor what a fused optimizer writes, but a forward with gradients goes before it."""
-    ops.linear(torch.ones(3, 40), w).sum().backward()
+    ops.linear(torch.ones(3, 64), w).sum().backward()
     w.data[3, 1] += 1
 
 
@@ -133,8 +136,8 @@ def test_gone_with_its_weight():
 def test_not_where_gradients_are_wanted():
     w = weight()
     for _ in range(3):
-        ops.linear(torch.ones(3, 40), w)
-        ops.linear_gelu(torch.ones(3, 40), w)
+        ops.linear(torch.ones(3, 64), w)
+        ops.linear_gelu(torch.ones(3, 64), w)
     assert not packed(w)
 
 
@@ -147,7 +150,7 @@ def test_not_by_blas(monkeypatch):
 def test_not_for_inference_tensors():
     """They have no version to tell a write by."""
     with torch.inference_mode():
-        assert not packed(met(torch.randn(24, 40)))
+        assert not packed(met(torch.randn(96, 64)))
 
 
 def test_in_inference_mode():
@@ -165,6 +168,7 @@ def test_in_inference_mode():
 )
 def test_where_a_measurement_or_the_environment_says_so(monkeypatch, plain, wish, packs):
     times = {"plain": plain, "packed": 1.0}
+    monkeypatch.setattr(products, "_keeps_bits", lambda dtype: True)
     monkeypatch.setattr(products, "_least_times", lambda calls: times)
     monkeypatch.setattr(products, "_packs", MEASURED)
     monkeypatch.setenv("BERT_FAST_CPU_PACK", wish)
@@ -189,3 +193,18 @@ def test_model_is_what_it_was():
         assert torch.equal(copied(IDS).last_hidden_state, first)
     model.train()
     assert len(products._packed) == 0
+
+
+@pytest.mark.parametrize(("wish", "packs"), [("", False), ("1", True)])
+def test_not_where_it_would_change_bits(monkeypatch, wish, packs):
+    """Else the second of two equal calls would give another answer; who asks for it has it."""
+    plain = products._onednn
+
+    def careless(x, w, b):
+        return plain(x, w, b) + (1e-6 if w.layout != torch.strided else 0)
+
+    monkeypatch.setattr(products, "_onednn", careless)
+    monkeypatch.setattr(products, "_gains", lambda dtype: True)
+    monkeypatch.setattr(products, "_packs", MEASURED)
+    monkeypatch.setenv("BERT_FAST_CPU_PACK", wish)
+    assert packed(met(weight())) == packs

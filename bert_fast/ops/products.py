@@ -6,9 +6,9 @@ the last bits: `set_cpu_library` fixes the choice. oneDNN could add GELU on the 
 that a layer has the same bits whether or not gradients are on.
 
 oneDNN's products of few rows are faster yet with weights packed in its own order, which costs the
-weights' memory once more. A weight is packed when an inference of few rows meets it again, unless
-a measurement says that nothing is gained here. The packed one lives beside the weight, in no
-module, until the weight is written to or dies.
+weights' memory once more. A weight is packed when an inference of few rows meets it again, where a
+measurement says that this gains something and changes no bit. The packed one lives beside the
+weight, in no module, until the weight is written to or dies.
 """
 
 import functools
@@ -32,6 +32,7 @@ _ROWS, _COLUMNS = 192, 768  # of the product that is measured: about 1 ms
 # fp32, and 80, 18 and 10 % at 16, 128 and 1,024 rows in bf16 (2 cores of an AMD EPYC, 2026-11-22).
 _PACKED_ROWS = {torch.float32: 256, torch.bfloat16: 2**62}
 _SAMPLES = 16  # numbers of a weight that are looked at
+_PROBES = ((2, 64, 16), (5, 33, 100), (64, 64, 16), (33, 100, 33), (16, 768, 768))  # rows, D, F
 _FEW_ROWS = 16  # of the product that says whether packing is worth it
 
 _lock = threading.Lock()
@@ -45,6 +46,7 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and all(has)
 
 
+@torch.no_grad()  # with gradients it takes other kernels, of other bits
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], None)
 
@@ -178,25 +180,38 @@ def forget_packed() -> None:
 
 
 @functools.cache
-def _packs() -> bool:
-    """Return whether a product of few rows gains by a packed weight here."""
+def _packs(dtype: torch.dtype) -> bool:
+    """Return whether products in that dtype gain by packed weights here, and lose no bit."""
     wish = os.environ.get("BERT_FAST_CPU_PACK")
-    if wish:
-        return wish != "0"
-    x, w = torch.ones(_FEW_ROWS, _COLUMNS), torch.ones(_COLUMNS, _COLUMNS)
+    return wish != "0" if wish else _keeps_bits(dtype) and _gains(dtype)
+
+
+def _keeps_bits(dtype: torch.dtype) -> bool:
+    """Return whether products of several rows are the same by plain and by packed weights."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, D, F_ in _PROBES:
+        x, w = (torch.rand(n, D, generator=generator).sub_(0.5).to(dtype) for n in (rows, F_))
+        if not torch.equal(_onednn(x, w, None), _onednn(x, _pack(w), None)):
+            return False
+    return True
+
+
+def _gains(dtype: torch.dtype) -> bool:
+    """Return whether a product of few rows is faster by a packed weight."""
+    x, w = (torch.ones(n, _COLUMNS, dtype=dtype) for n in (_FEW_ROWS, _COLUMNS))
     weights = {"plain": w, "packed": _pack(w)}
     times = _least_times({name: partial(_onednn, x, t, None) for name, t in weights.items()})
     return times["packed"] < 0.95 * times["plain"]
 
 
 def _pack(w: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(w, _ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), _ROWS)
 
 
 def _packed_weight(w: Tensor, rows: int) -> Tensor | None:
     """Return the weight packed, if that is worth it: it was met before, and rows are few."""
     # a product of one row has other bits by a packed weight; inference tensors have no version
-    if rows == 1 or w.is_inference() or not _packs():
+    if rows == 1 or w.is_inference() or not _packs(w.dtype):
         return None
     seen, state = _packed.get(w), state_of(w)
     if seen is None or seen.state != state:
