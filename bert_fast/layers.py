@@ -195,13 +195,11 @@ class BertSelfAttention(nn.Module):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or not all(t.is_contiguous() for t in tensors)
-            or any(t.is_inference() for t in tensors)  # these have no version
+            or any(t.is_inference() or not t.is_contiguous() for t in tensors)  # no version
         ):
             self._fused = None
             return (torch.cat(tensors[:3]), torch.cat(tensors[3:])) if self._fuses(x) else None
-        kept = self._fused
-        states = [products.state_of(t) for t in tensors]
+        kept, states = self._fused, [products.state_of(t) for t in tensors]
         if kept is None or kept[1] != states:
             with torch.inference_mode(False), torch.no_grad():  # what it makes has a version too
                 weight, bias = torch.cat(tensors[:3]), torch.cat(tensors[3:])

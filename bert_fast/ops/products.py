@@ -46,8 +46,10 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and all(has)
 
 
-@torch.no_grad()  # with gradients it takes other kernels, of other bits
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():  # then it takes other kernels, of other bits
+        with torch.no_grad():
+            return _onednn(x, w, b)
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], None)
 
 

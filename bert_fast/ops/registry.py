@@ -38,16 +38,22 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 kernels: dict[str, Callable[..., Any]] = {}  # what CUDA tensors run, by op
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast out of an implementation: its arithmetic has fixed dtypes."""
+def _without_autocast(function: Callable[..., Any], device: str = "") -> Callable[..., Any]:
+    """Keep autocast out of an implementation: its arithmetic has fixed dtypes.
+
+    Without a device it is that of the first tensor.
+    """
+
+    def device_of(args: tuple[Any, ...]) -> str:
+        tensors = (t for a in args for t in (a if isinstance(a, list) else (a,)))
+        return next(t.device.type for t in tensors if isinstance(t, Tensor))
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        tensors = (t for a in args for t in (a if isinstance(a, list) else (a,)))
-        device = next(t.device.type for t in tensors if isinstance(t, Tensor))
-        if not is_autocast(device):
+        on = device or device_of(args)
+        if not is_autocast(on):
             return function(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(on, enabled=False):
             return function(*args)
 
     return run
@@ -96,7 +102,7 @@ def register(
     if name in _compiled:
         on_cpu = Implementation("csrc", "")
     else:
-        _lib.impl(name, eager if cpu is None else _without_autocast(cpu), "CPU")
+        _lib.impl(name, eager if cpu is None else _without_autocast(cpu, "cpu"), "CPU")
         served = "reference" if cpu is None else "pytorch"
         if cpu_reason is None:
             cpu_reason = _no_extension or "csrc has no implementation of it"
