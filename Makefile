@@ -75,7 +75,7 @@ test-gpu: gpu-proof  ## gpu-proof, under the name the other tests have
 gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
 	$(MEASURE) tune $(TABLES) --out $(OUT)
 
-cpu-table: $(READY)  ## the table for CPUs: BERT-base and training steps beside their peers, about 20 minutes
+cpu-table: $(READY)  ## the table for CPUs: BERT-base beside its peers, fp32 and bf16, about 18 minutes
 	$(MEASURE) cpu --out $(OUT)
 
 ledger: $(INSTALLED)  ## write benchmarks/results/README.md and docs/performance.md from the results there
