@@ -196,8 +196,10 @@ def _devices() -> tuple[dict[str, dict[str, Any]], str]:
 def _products() -> str:
     """Say which library multiplies fp32 matrices on the CPU, and how it was found."""
     chosen, times = products.cpu_library(), products.cpu_library_times()
-    measured = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-    return f"by {chosen} ({measured})" if measured else f"by {chosen}"
+    found = [f"{name} {ms:.2f} ms" for name, ms in times.items()]
+    if chosen == "onednn" and products.packs_weights(torch.float32):
+        found.append("packed weights for few rows")
+    return f"by {chosen} ({', '.join(found)})" if found else f"by {chosen}"
 
 
 def _cpu_model() -> str:

@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "ops: autocast reaches into a kernel's launcher",
-        "with torch.autocast(device, enabled=False):",
+        "with torch.autocast(on, enabled=False):",
         "with torch.autocast(device, enabled=True):",
         "test_kernel_products_know_no_autocast",
         file="bert_fast/ops/registry.py",

@@ -9,6 +9,7 @@ import torch
 
 from bert_fast import doctor, ops
 from bert_fast.doctor import diagnose
+from bert_fast.ops import products
 
 OPS = "embed add_layer_norm gelu linear linear_gelu attention linear_cross_entropy".split()
 
@@ -35,6 +36,18 @@ def test_a_healthy_machine():
     of_gpus = {"work_list", "unpad_work"}
     assert served == ours - of_gpus - {"adamw_", "grad_norm", "lamb_"}  # these have a test's truth
     assert all(c.problem == "" and c.error < 1e-5 for c in found.checks)
+
+
+@pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch has no oneDNN")
+def test_how_products_are_made(monkeypatch):
+    monkeypatch.setattr(products, "packs_weights", lambda dtype: True)
+    for times, said in (({}, ""), ({"blas": 2.0, "onednn": 1.0}, "blas 2.00 ms, onednn 1.00 ms")):
+        monkeypatch.setattr(products, "cpu_library_times", lambda times=times: times)
+        with products.fixed_cpu_library("blas"):
+            assert doctor._products() == f"by blas ({said})".removesuffix(" ()")
+        with products.fixed_cpu_library("onednn"):
+            packed = ", ".join(filter(None, (said, "packed weights for few rows")))
+            assert doctor._products() == f"by onednn ({packed})"
 
 
 def test_as_json_and_as_text():

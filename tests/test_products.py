@@ -11,7 +11,7 @@ from bert_fast import BertConfig, BertModel, ops
 from bert_fast.ops import products
 
 IDS = torch.arange(5, 17).view(2, 6)
-MEASURED = products._packs.__wrapped__  # asked anew each time
+MEASURED = products.packs_weights.__wrapped__  # asked anew each time
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch has no oneDNN")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="this PyTorch
 @pytest.fixture(autouse=True)
 def packing(monkeypatch):
     """By oneDNN, which packs whatever a measurement says; nothing is packed yet."""
-    monkeypatch.setattr(products, "_packs", lambda dtype: True)
+    monkeypatch.setattr(products, "packs_weights", lambda dtype: True)
     with products.fixed_cpu_library("onednn"):
         yield
     products.forget_packed()
@@ -170,7 +170,7 @@ def test_where_a_measurement_or_the_environment_says_so(monkeypatch, plain, wish
     times = {"plain": plain, "packed": 1.0}
     monkeypatch.setattr(products, "_keeps_bits", lambda dtype: True)
     monkeypatch.setattr(products, "_least_times", lambda calls: times)
-    monkeypatch.setattr(products, "_packs", MEASURED)
+    monkeypatch.setattr(products, "packs_weights", MEASURED)
     monkeypatch.setenv("BERT_FAST_CPU_PACK", wish)
     assert packed(met(weight())) == packs
 
@@ -205,6 +205,6 @@ def test_not_where_it_would_change_bits(monkeypatch, wish, packs):
 
     monkeypatch.setattr(products, "_onednn", careless)
     monkeypatch.setattr(products, "_gains", lambda dtype: True)
-    monkeypatch.setattr(products, "_packs", MEASURED)
+    monkeypatch.setattr(products, "packs_weights", MEASURED)
     monkeypatch.setenv("BERT_FAST_CPU_PACK", wish)
     assert packed(met(weight())) == packs

@@ -182,7 +182,7 @@ def forget_packed() -> None:
 
 
 @functools.cache
-def _packs(dtype: torch.dtype) -> bool:
+def packs_weights(dtype: torch.dtype) -> bool:
     """Return whether products in that dtype gain by packed weights here, and lose no bit."""
     wish = os.environ.get("BERT_FAST_CPU_PACK")
     return wish != "0" if wish else _keeps_bits(dtype) and _gains(dtype)
@@ -213,7 +213,7 @@ def _pack(w: Tensor) -> Tensor:
 def _packed_weight(w: Tensor, rows: int) -> Tensor | None:
     """Return the weight packed, if that is worth it: it was met before, and rows are few."""
     # a product of one row has other bits by a packed weight; inference tensors have no version
-    if rows == 1 or w.is_inference() or not _packs(w.dtype):
+    if rows == 1 or w.is_inference() or not packs_weights(w.dtype):
         return None
     seen, state = _packed.get(w), state_of(w)
     if seen is None or seen.state != state:
