@@ -166,12 +166,11 @@ class BertSelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """Return query, key and value of rows x as (T, 3, H, K)."""
-        parts = self.query, self.key, self.value
-        plain = all(is_plain(part, nn.Linear) for part in parts)
-        fused = self._fused_weights(x) if plain else None
+        fused = self._fused_weights(x)
         if fused is not None:
             qkv = ops.linear(x, *fused)
         else:
+            parts = self.query, self.key, self.value
             qkv = torch.stack([linear(part, x) for part in parts], dim=1)
         return qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
 
@@ -191,11 +190,17 @@ class BertSelfAttention(nn.Module):
         were. A write through `.data`, which PyTorch does not count, needs `drop_fused_weights`.
         """
         parts = self.query, self.key, self.value
-        tensors = [p.weight for p in parts] + [p.bias for p in parts]
+        tensors: list[Tensor] = []
+        if all(is_plain(part, nn.Linear) and part.bias is not None for part in parts):
+            tensors = [p.weight for p in parts] + [p.bias for p in parts]
+        if len({t.dtype for t in tensors}) != 1:  # there are none, or the op has to refuse them
+            self._fused = None
+            return None
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or any(t.is_inference() or not t.is_contiguous() for t in tensors)  # no version
+            or any(t.is_inference() for t in tensors)  # these have no version
+            or not all(t.is_contiguous() for t in tensors)
         ):
             self._fused = None
             return (torch.cat(tensors[:3]), torch.cat(tensors[3:])) if self._fuses(x) else None

@@ -181,12 +181,16 @@ class BertModel(BertPreTrainedModel):
 
     def _drops(self) -> bool:
         """Return whether a dropout is in training, be it alone."""
-        modules: list[nn.Module | None] = [self]
+        if self.training:
+            return True
+        found: set[nn.Module | None] = {None, self}
+        modules: list[nn.Module] = [self]
         for module in modules:  # modules() is slower: this is part of every forward
             if type(module) is nn.Dropout and module.training:
                 return True
-            if module is not None:
-                modules.extend(module._modules.values())
+            children = {*module._modules.values()} - found
+            found |= children
+            modules.extend(children)
         return False
 
     def _check_embeds(self, inputs_embeds: Tensor) -> None:

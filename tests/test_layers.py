@@ -149,3 +149,50 @@ def test_dropout_alone_in_training():
         if isinstance(m, torch.nn.Dropout):
             m.train()
     assert not torch.equal(model(IDS)[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda's way"])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_a_projection_without_bias(part, device_type, monkeypatch):
+    """It cannot be fused, and is called beside the two others."""
+    monkeypatch.setattr(BertSelfAttention, "_fuses", staticmethod(lambda x: device_type != "cpu"))
+    attention = BertSelfAttention(BertConfig.named("tiny", vocab_size=40), 0)
+    setattr(attention, part, torch.nn.Linear(128, 128, bias=False))
+    parts, x = (attention.query, attention.key, attention.value), torch.randn(3, 128)
+    expected = torch.stack([one(x) for one in parts], 1).view(3, 3, 2, 64)
+    torch.testing.assert_close(attention._project(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attention._project(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_projection_in_another_dtype(models):
+    """Refused, and not promoted in silence."""
+    attention = attentions(models[0])[0]
+    attention.key.half()
+    with torch.no_grad(), pytest.raises(TypeError, match="want one dtype for all"):
+        attention._project(torch.randn(3, 128))
+
+
+def test_a_dropout_of_another_class_drops():
+    """In a model in training whose other dropouts are gone."""
+
+    class Dropout(torch.nn.Dropout):
+        pass
+
+    model = BertModel(BertConfig.named("tiny", vocab_size=40)).train()
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Dropout:
+                setattr(module, name, torch.nn.Identity())
+    for attention in attentions(model):
+        attention.dropout = Dropout(0.5)
+    assert not torch.equal(model(IDS)[0], model(IDS)[0])
+
+
+def test_a_model_that_holds_itself():
+    """As some wrappers register their parent: the look for dropouts ends."""
+    model = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
+    model.encoder.register_module("owner", model)
+    assert not model._drops()
+    model.encoder.layer[1].output.dropout.train()
+    assert model._drops()
