@@ -18,6 +18,7 @@ from typing import Any
 import checkout  # noqa: F401  the kernels of this checkout
 import torch
 import triton
+from torch import library
 from triton.backends.compiler import GPUTarget
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -140,14 +141,14 @@ def describe(variant: dict[str, Any]) -> str:
     return "; ".join([*parts, " ".join([*fixed, *options])])
 
 
-def use_kernels() -> list[torch.library.Library]:
+def use_kernels() -> list[library.Library]:
     """Make the public ops run the launchers on CPU tensors, for as long as the result lives.
 
     PyTorch's matrix products, which cost all the time, are not made either.
     """
     from bert_fast.ops import registry
 
-    ours, aten = (torch.library.Library(name, "IMPL") for name in ("bert_fast", "aten"))
+    ours, aten = (library.Library(name, "IMPL") for name in ("bert_fast", "aten"))
     warnings.filterwarnings("ignore", "Warning only once for all operators")
     for name, kernel in registry.kernels.items():
         ours.impl(name, kernel, "CPU", allow_override=True)
@@ -189,8 +190,8 @@ def main() -> None:
         with Recorder().recording() as other:
             more["controls"] = aot_controls.record_batches(other, args.batches)
     recorder.save(args.out, **more)
-    for library in libraries:
-        library._destroy()
+    for one in libraries:
+        one._destroy()
 
 
 if __name__ == "__main__":

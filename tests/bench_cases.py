@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gate import Candidate, Case, Outputs, Prepared, Work
 from record import Run
-from torch import Tensor
+from torch import Tensor, library
 
 T, D, N = 16, 512, 24
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,7 +124,7 @@ def once(answer: Outputs) -> Answer:
 @contextmanager
 def planted(op, wrong):
     """Make `wrong` the op's implementation on the CPU meanwhile."""
-    lib = torch.library.Library("bert_fast", "IMPL")
+    lib = library.Library("bert_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it overrides
         lib.impl(op, wrong, "CPU", allow_override=True)

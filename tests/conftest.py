@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads would only collide
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -42,13 +43,13 @@ def kernel_device(device) -> Iterator[str]:
     if device == "cuda":
         yield device
         return
-    library = torch.library.Library("bert_fast", "IMPL")
+    ours = library.Library("bert_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for name, kernel in registry.kernels.items():
-            library.impl(name, kernel, "CPU", allow_override=True)
+            ours.impl(name, kernel, "CPU", allow_override=True)
     yield device
-    library._destroy()
+    ours._destroy()
 
 
 @pytest.fixture(scope="session")

@@ -126,21 +126,21 @@ class Launchers:
     """The launchers; each call begins with an order of threads and blocks of its own.
 
     Attributes:
-        library: what `compile_launchers` returned.
+        compiled: what `compile_launchers` returned.
         seed: of that order; 0: as they are numbered.
         processors: how many blocks run together.
     """
 
-    library: ctypes.CDLL
+    compiled: ctypes.CDLL
     seed: int = 0
     processors: int = 4
 
     def _call(self, name: str, launches: int, *args: Any) -> None:
-        self.library.emulator_reset(self.seed, self.processors)
-        status = getattr(self.library, name)(*args, c_void_p(STREAM))
-        assert status == 0, self.library.emulator_error()
-        assert self.library.emulator_launches() == launches, f"{name}: other launches than told"
-        assert not launches or self.library.emulator_stream() == STREAM, "not the caller's stream"
+        self.compiled.emulator_reset(self.seed, self.processors)
+        status = getattr(self.compiled, name)(*args, c_void_p(STREAM))
+        assert status == 0, self.compiled.emulator_error()
+        assert self.compiled.emulator_launches() == launches, f"{name}: other launches than told"
+        assert not launches or self.compiled.emulator_stream() == STREAM, "not the caller's stream"
 
     def unpad(
         self,
@@ -179,7 +179,7 @@ class Launchers:
             param.grad, param.numel = pointer(grad), grad.numel()
             param.grad_dtype = DTYPES[grad.dtype]
         chunks = sum(-(-g.numel() // CHUNK) for g in grads)
-        assert self.library.bert_fast_num_chunks(params, c_int64(len(grads))) == chunks
+        assert self.compiled.bert_fast_num_chunks(params, c_int64(len(grads))) == chunks
         guarded = Guarded()
         sums, norm = guarded(torch.full((chunks,), -7.0)), guarded(torch.tensor(-7.0))
         scale, sums_at = c_void_p(pointer(grad_scale)), c_void_p(pointer(sums))

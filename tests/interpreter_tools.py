@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from op_cases import CASES, Case
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast.ops import registry
 
@@ -128,13 +128,13 @@ def draw(name: str, rng: random.Random, many: bool = False, p: float | None = No
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """The kernels serve the ops, as in the fixture kernel_device."""
-    library = torch.library.Library("bert_fast", "IMPL")
+    ours = library.Library("bert_fast", "IMPL")
     for name, kernel in registry.kernels.items():
-        library.impl(name, kernel, "CPU", allow_override=True)
+        ours.impl(name, kernel, "CPU", allow_override=True)
     try:
         yield
     finally:
-        library._destroy()
+        ours._destroy()
 
 
 def raw(name: str, **arguments: Any) -> Any:

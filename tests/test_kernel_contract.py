@@ -3,6 +3,7 @@
 import op_cases
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -48,13 +49,13 @@ def test_opcheck(kernel_device):
     for make in KERNEL_CASES.values():
         for function, args in recorded(make().to(torch.float32, kernel_device)):
             if function not in checked:
-                torch.library.opcheck(function, tuple(args), test_utils=QUICK)
+                library.opcheck(function, tuple(args), test_utils=QUICK)
                 checked.add(function)
     names = {function._opname for function in checked}
     work_list = {"work_list"} & registry.kernels.keys()  # the layers call it, no op of the cases
     if work_list:
         cu_seqlens = op_cases.borders((3, 0, 130)).to(kernel_device)
-        torch.library.opcheck(torch.ops.bert_fast.work_list.default, (cu_seqlens, 135, 128))
+        library.opcheck(torch.ops.bert_fast.work_list.default, (cu_seqlens, 135, 128))
     assert names | work_list == registry.kernels.keys()
 
 
@@ -62,7 +63,7 @@ def test_opcheck(kernel_device):
 @every_kernel_case
 def test_opcheck_of_every_case(make, kernel_device):
     for function, args in recorded(make().to(torch.float32, kernel_device)):
-        torch.library.opcheck(function, tuple(args))
+        library.opcheck(function, tuple(args))
 
 
 @every_kernel_case

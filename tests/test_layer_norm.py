@@ -19,6 +19,7 @@ from op_cases import (
     kernel_dtype,
     layer_norm_case,
 )
+from torch import library
 
 poison = op_cases.poison
 SHAPES = [
@@ -167,7 +168,7 @@ def test_statistics_are_as_wide_as_the_residual():
     """And so the fake says."""
     x, w = torch.randn(3, 8), torch.randn(8)
     arguments = x, None, x.double(), w, w, 1e-12, 0.0, None, 0, torch.float64
-    torch.library.opcheck(torch.ops.bert_fast.add_layer_norm.default, arguments)
+    library.opcheck(torch.ops.bert_fast.add_layer_norm.default, arguments)
 
 
 def test_layer_norm_is_add_layer_norm_of_nothing():

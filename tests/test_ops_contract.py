@@ -13,6 +13,7 @@ from op_cases import (
     gradients,
     random_gradient,
 )
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops
@@ -271,7 +272,7 @@ def test_opcheck(name, form):
     arguments = list(forward_and_backward_ops(dtype)[name])
     for index, value in OTHER_FORMS.get(name, {}).items() if form == "other" else ():
         arguments[index] = value
-    torch.library.opcheck(getattr(torch.ops.bert_fast, name).default, tuple(arguments))
+    library.opcheck(getattr(torch.ops.bert_fast, name).default, tuple(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ from optimizer_cases import (
     assert_agrees,
     assert_same_bits,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast import ops, reference_optimizer
 from bert_fast.ops import optimizer
@@ -193,8 +193,8 @@ def test_opcheck():
     tests = "test_schema", "test_faketensor"
     for op in OPS:
         call = Case([Shape(5), Shape(4, BF16, master=True, group=1)], clip=True).draw()
-        torch.library.opcheck(getattr(optimizer, op), call.args(op), test_utils=tests)
-    torch.library.opcheck(optimizer.grad_norm, (call.lists[1], None), test_utils=tests)
+        library.opcheck(getattr(optimizer, op), call.args(op), test_utils=tests)
+    library.opcheck(optimizer.grad_norm, (call.lists[1], None), test_utils=tests)
 
 
 def test_reference_is_torch_optim_adamw():

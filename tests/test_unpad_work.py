@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast import ops
 
@@ -55,9 +55,9 @@ def test_refusals():
 
 def test_opcheck():
     op = torch.ops.bert_fast.unpad_work.default
-    torch.library.opcheck(op, (MASKS["right"], 128, None, None), test_utils="test_schema")
+    library.opcheck(op, (MASKS["right"], 128, None, None), test_utils="test_schema")
     args = MASKS["right"], 128, 689, 300
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.fixture

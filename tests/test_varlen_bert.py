@@ -22,7 +22,7 @@ from peer_cases import (
     plain_attention,
     training_answers,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 import bert_fast
 
@@ -64,11 +64,11 @@ def flash_backward(grad, q, k, v, out, sums, cu_seqlens, cu_seqlens_k, *_, **__)
 @pytest.fixture
 def flash_on_a_cpu() -> Iterator[None]:
     """PyTorch's FlashAttention operators on CPU tensors, where they have no implementation."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", flash_forward, "CPU")
-    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    aten = library.Library("aten", "IMPL")
+    aten.impl("_flash_attention_forward", flash_forward, "CPU")
+    aten.impl("_flash_attention_backward", flash_backward, "CPU")
     yield
-    library._destroy()
+    aten._destroy()
 
 
 def test_pytorchs_attention_is_called_as_it_wants_to_be(state, ours, flash_on_a_cpu):

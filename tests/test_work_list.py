@@ -4,7 +4,7 @@ import op_cases
 import pytest
 import torch
 from op_cases import assert_refused, borders
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast import ops, reference
 
@@ -88,7 +88,7 @@ def test_another_tile(kernel_device):
 
 def test_registration(kernel_device):
     cu_seqlens = borders((3, 200, 4)).to(kernel_device)
-    torch.library.opcheck(torch.ops.bert_fast.work_list.default, (cu_seqlens, 207, 128))
+    library.opcheck(torch.ops.bert_fast.work_list.default, (cu_seqlens, 207, 128))
 
 
 def test_refused():

@@ -1,6 +1,6 @@
 """How an operator of `torch.ops.bert_fast` is defined, and which implementation it has where.
 
-Through `torch.library.Library`, whose calls cost less than those of `torch.library.custom_op`: a
+Through PyTorch's class Library, whose calls cost less than those of its decorator custom_op: a
 forward has 50 to 100 of them.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast import extension
 
-_lib = torch.library.Library("bert_fast", "FRAGMENT")
+_lib = library.Library("bert_fast", "FRAGMENT")
 
 
 class Implementation(NamedTuple):
@@ -108,7 +108,7 @@ def register(
             cpu_reason = _no_extension or "csrc has no implementation of it"
         on_cpu = Implementation(served, cpu_reason)
     _implementations[name] = {"cpu": on_cpu, "cuda": on_cuda}
-    torch.library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
+    library.register_fake(f"bert_fast::{name}", fake, lib=_lib)
     return getattr(torch.ops.bert_fast, name).default
 
 

@@ -1,7 +1,7 @@
 """From a mask to packed rows."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from bert_fast import reference
 from bert_fast.ops import checks, registry
@@ -9,7 +9,7 @@ from bert_fast.ops.work_list import TILE
 
 
 def _fake(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    T = torch.library.get_ctx().new_dynamic_size()
+    T = library.get_ctx().new_dynamic_size()
     rows = mask.new_empty(T, dtype=torch.int64)
     cu_seqlens = mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
     return rows, cu_seqlens, torch.empty((), dtype=torch.int64, device="cpu")
@@ -34,7 +34,7 @@ def _work_reference(
 def _work_fake(
     mask: Tensor, tile: int, num_rows: int | None, max_len: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
+    T = library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
     rows = mask.new_empty(T, dtype=torch.int64)
     cu_seqlens = mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
     work = cu_seqlens.new_empty(1 + T // tile + cu_seqlens.shape[0], 4)
