@@ -135,18 +135,19 @@ def state_of(model: str, longest: int, small: bool) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """A case without the answers that it is checked by."""
+class Parts:
+    """A case without the answers that it is checked by; its inputs are batches, or texts."""
 
     dtype: torch.dtype
     longest: int
     config: BertConfig
     state: dict[str, Tensor]
-    inputs: list[Batch] | list[Texts]
+    inputs: list[Any]
     candidates: list[Candidate]
 
 
-def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
+def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:
+    """Return the parts of an encoder case; the arguments are those of `case`."""
     spec = SPECS[name]
     draw = spec.small if small else spec.lengths
     lengths = [draw(_SEED + i) for i in range(2)]
@@ -161,7 +162,7 @@ def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
     else:
         inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
         ours, theirs = partial(our_encoder, *what), peers.encoder_peers(*what, full=full)
-    return _Parts(dtype, longest, config, state, inputs, [Candidate("bert_fast", ours), *theirs])
+    return Parts(dtype, longest, config, state, inputs, [Candidate("bert_fast", ours), *theirs])
 
 
 def case(
@@ -175,7 +176,7 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    parts = _parts(name, device, small, full)
+    parts = parts_of(name, device, small, full)
     dtype, config, state = parts.dtype, parts.config, parts.state
     lengths = [one.lengths for one in parts.inputs]
     # batching texts is the candidate's own business: nothing is padded yet
@@ -200,23 +201,6 @@ def case(
         facts=facts | limit,
         **limit,
     ), parts.candidates
-
-
-def alone(
-    name: str, device: torch.device, candidate: str, *, small: bool = False
-) -> tuple[Prepared, Batch | Texts]:
-    """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory.
-
-    Args:
-        name: in SPECS.
-        device: where it runs.
-        candidate: its name in the full list.
-        small: the rehearsal's sizes.
-    """
-    parts = _parts(name, device, small, full=True)
-    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
-    state_of.cache_clear()
-    return prepared, parts.inputs[0]
 
 
 # --- the truth -----------------------------------------------------------------------------------

@@ -77,7 +77,11 @@ def measure(case: str, candidate: str, small: bool = False) -> dict[str, int]:
         stock_bert.need("onnxruntime" if candidate.startswith("onnxruntime") else _TRANSFORMERS)
     imported = _resident("VmRSS")
     module = encoder if case in encoder.SPECS else pretraining
-    prepared, inputs = module.alone(case, torch.device("cpu"), candidate, small=small)
+    parts = module.parts_of(case, torch.device("cpu"), small, full=True)
+    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
+    inputs = parts.inputs[0]
+    del parts
+    encoder.state_of.cache_clear()  # nothing else stays in memory
     prepared.run(inputs)
     _give_back()
     held = _resident("VmRSS")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
-from encoder import FP32, config_of, forward_flops, our_notes, state_of
+from encoder import FP32, Parts, config_of, forward_flops, our_notes, state_of
 from gate import Candidate, Case, Outputs, Prepared, Work, short
 from torch import Tensor
 from workload import PretrainingBatch
@@ -65,19 +65,8 @@ def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
     return 3 * (forward_flops(config, lengths) + round(head))
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """A case without the answers that it is checked by."""
-
-    spec: Spec
-    dtype: torch.dtype
-    config: BertConfig
-    state: dict[str, Tensor]
-    inputs: list[PretrainingBatch]
-    candidates: list[Candidate]
-
-
-def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
+def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:
+    """Return the parts of a pre-training case; the arguments are those of `case`."""
     spec = SPECS[name]
     spec = replace(spec, n=4, length=16) if small else spec
     dtype = torch.bfloat16 if device.type == "cuda" else FP32
@@ -89,7 +78,7 @@ def _parts(name: str, device: torch.device, small: bool, full: bool) -> _Parts:
     ]
     ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype))
     theirs = training_peers.pretraining_peers(state, config, device, dtype, full=full)
-    return _Parts(spec, dtype, config, state, inputs, [ours, *theirs])
+    return Parts(dtype, spec.length, config, state, inputs, [ours, *theirs])
 
 
 def case(
@@ -103,9 +92,9 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    parts = _parts(name, device, small, full)
+    parts = parts_of(name, device, small, full)
     dtype, config, state = parts.dtype, parts.config, parts.state
-    n, length = parts.spec.n, parts.spec.length
+    n, length = len(parts.inputs[0].lengths), parts.longest
     baseline_name, baseline = training_peers.baseline_pretraining(state, config, device, dtype)
     return Case(
         name=name,
@@ -117,7 +106,7 @@ def case(
         baseline_name=baseline_name,
         work=Work(n * length, n * length, n, flops=step_flops(config, (length,) * n)),
         facts={
-            "model": parts.spec.model,
+            "model": SPECS[name].model,
             "seed": _SEED,
             "longest": length,
             "small": small,
@@ -193,23 +182,6 @@ def _ours(
         notes,
         optimizer,
     )
-
-
-def alone(
-    name: str, device: torch.device, candidate: str, *, small: bool = False
-) -> tuple[Prepared, PretrainingBatch]:
-    """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory.
-
-    Args:
-        name: in SPECS.
-        device: where it runs.
-        candidate: its name in the full list.
-        small: the rehearsal's sizes.
-    """
-    parts = _parts(name, device, small, full=True)
-    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
-    state_of.cache_clear()
-    return prepared, parts.inputs[0]
 
 
 def main(argv: list[str] | None = None) -> int:
