@@ -22,13 +22,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import checkout  # noqa: F401
 import encoder
 import pretraining
 import stock_bert
 import torch
-from gate import AbsentError
+from gate import AbsentError, Prepared
 
 _TRANSFORMERS = "transformers.models.bert.modeling_bert"  # the package alone imports little
 _STATUS = Path("/proc/self/status")
@@ -71,17 +72,21 @@ def _give_back() -> None:
         trim(0)
 
 
+def alone(case: str, candidate: str, small: bool) -> tuple[Prepared, Any]:
+    """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory."""
+    module = encoder if case in encoder.SPECS else pretraining
+    parts = module.parts_of(case, torch.device("cpu"), small, full=True)
+    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
+    encoder.state_of.cache_clear()
+    return prepared, parts.inputs[0]
+
+
 def measure(case: str, candidate: str, small: bool = False) -> dict[str, int]:
     """Return the memory of a candidate in this process; it should do nothing else."""
     if candidate != "bert_fast":
         stock_bert.need("onnxruntime" if candidate.startswith("onnxruntime") else _TRANSFORMERS)
     imported = _resident("VmRSS")
-    module = encoder if case in encoder.SPECS else pretraining
-    parts = module.parts_of(case, torch.device("cpu"), small, full=True)
-    prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
-    inputs = parts.inputs[0]
-    del parts
-    encoder.state_of.cache_clear()  # nothing else stays in memory
+    prepared, inputs = alone(case, candidate, small)
     prepared.run(inputs)
     _give_back()
     held = _resident("VmRSS")

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads woul
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+from bert_fast import extension
 from bert_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,16 @@ def kernel_device(device) -> Iterator[str]:
             ours.impl(name, kernel, "CPU", allow_override=True)
     yield device
     ours._destroy()
+
+
+@pytest.fixture
+def compiled() -> ModuleType:
+    """The extension, which must be what runs; the reference would prove nothing there."""
+    module, reason = extension.load()
+    if module is None:
+        pytest.skip(reason)
+    assert registry.implementations()["unpad"]["cpu"].name == "csrc"
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from functools import partial
 
 import encoder
 import harness
+import memory
 import pretraining
 import pytest
 import stages
@@ -113,7 +114,7 @@ def test_a_case_alone_is_that_of_the_list():
         case, candidates = small(name, full=True)
         names = [c.name for c in candidates]
         assert set(module.CPU_PEERS) <= set(names)
-        prepared, inputs = module.alone(name, CPU, "bert_fast", small=True)
+        prepared, inputs = memory.alone(name, "bert_fast", small=True)
         assert torch.equal(inputs.input_ids, case.inputs[0].input_ids)
         assert Gate(case).check(prepared)["share"] <= 1
 

@@ -8,14 +8,7 @@ import torch
 from bert_fast import ops
 
 unpad = torch.ops.bert_fast.unpad.default  # no checks in front of it but its own
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    """The extension, which must be what runs; the reference would prove nothing here."""
-    if ops.implementations()["unpad"]["cpu"].name != "csrc":
-        pytest.skip("extension not built")
-    return pytest.importorskip("bert_fast._C")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def want(mask):

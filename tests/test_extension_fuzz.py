@@ -15,12 +15,13 @@ import torch
 from extension_fuzz import Drawn, call, check_public, check_raw, moved, spread, steps
 from torch import Tensor
 
-from bert_fast import ops, reference
+from bert_fast import reference
 from bert_fast.ops import products
 
 poison = op_cases.poison
 COUNTS = {"attention": 110, "add_layer_norm": 110, "embed": 110, "bias_gelu": 80, "linear_gelu": 40}
 MANY = 18  # times as many in a long run
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +31,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    """The extension, which must be what runs; the reference would prove nothing here."""
-    if ops.implementations()["unpad"]["cpu"].name != "csrc":
-        pytest.skip("extension not built")
-    return pytest.importorskip("bert_fast._C")
 
 
 def cases(count: int, first: int = 0) -> Iterator[tuple[int, random.Random]]:

@@ -4,23 +4,18 @@ import os
 import subprocess
 import sys
 
+import op_cases
 import op_formulas
 import pytest
 import torch
 
-from bert_fast import ops, reference
+from bert_fast import reference
 
 call = torch.ops.bert_fast
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
-
-
-@pytest.fixture(autouse=True)
-def compiled():
-    """The extension, which must be what runs; the reference would prove nothing here."""
-    if ops.implementations()["add_layer_norm"]["cpu"].name != "csrc":
-        pytest.skip("extension not built")
-    return pytest.importorskip("bert_fast._C")
+pytestmark = pytest.mark.usefixtures("compiled")
+poison = op_cases.poison
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +25,6 @@ def seeded():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(seeded):
-    """What is not written is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def randn(*shape, dtype=torch.float32):
