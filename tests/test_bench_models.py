@@ -129,7 +129,7 @@ def test_rows_say_which_library_and_instructions_ran():
     assert notes["cpu_library"] == products.cpu_library() in products.LIBRARIES
     assert notes["cpu_library_ms"] == products.cpu_library_times()
     assert notes["extension"] == (why if loaded is None else loaded.cpu_capability())
-    assert "cpu_library" not in bf16.prepare().notes  # products in bf16 are PyTorch's
+    assert "cpu_library" not in bf16.prepare().notes  # in bf16 there is no choice
     _, (ours, sdpa, *_) = small("cpu mini 32x128")
     assert ours.prepare().notes["optimizer"] == "bert_fast.train.optim.AdamW"
     assert sdpa.prepare().notes["optimizer"] == "torch.optim.AdamW, fused"
