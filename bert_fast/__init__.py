@@ -12,6 +12,7 @@ from bert_fast.heads import (
     BertForTokenClassification,
 )
 from bert_fast.model import BertModel
+from bert_fast.ops.kept import forget as forget_weights
 from bert_fast.ops.products import cpu_library, set_cpu_library
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.report import report
@@ -34,6 +35,7 @@ __all__ = [
     "Encoder",
     "__version__",
     "cpu_library",
+    "forget_weights",
     "report",
     "set_cpu_library",
 ]

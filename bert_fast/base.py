@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bert_fast.config import BertConfig
 from bert_fast.layers import BertEncoder
+from bert_fast.ops import kept
 from bert_fast.outputs import ModelOutput
 
 
@@ -173,6 +174,11 @@ class BertBase(nn.Module):
         setattr(module, name, made)
 
     # --- training --------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "BertBase":
+        """Set the mode; what was made of weights is dropped (docs/numerics.md)."""
+        kept.forget()
+        return super().train(mode)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any

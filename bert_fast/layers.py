@@ -5,6 +5,8 @@ and an activation are one op, is a matter of execution. A submodule that is not 
 class (LoRA, quantised) or has hooks is called as it is, on packed rows; the rest stays fused.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops, reference
 from bert_fast.config import BertConfig
-from bert_fast.ops import products
+from bert_fast.ops import kept
 from bert_fast.packing import Layout, PackedBatch
 
 
@@ -36,6 +38,31 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     if is_plain(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias)
     return module(x)
+
+
+def drops(model: nn.Module) -> bool:
+    """Return whether a dropout of the model is in training, be it alone."""
+    if model.training:
+        return True
+    found: set[nn.Module | None] = {None, model}
+    modules: list[nn.Module] = [model]
+    for module in modules:  # modules() is slower: this is part of every forward
+        if type(module) is nn.Dropout and module.training:
+            return True
+        children = {*module._modules.values()} - found
+        found |= children
+        modules.extend(children)
+    return False
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Return the seed (1,) of a forward's dropouts, from PyTorch's default generator."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_p(dropout: nn.Dropout, seed: Tensor | None) -> float:
+    """Return the probability in force: 0 in evaluation."""
+    return dropout.p if dropout.training and seed is not None else 0.0
 
 
 class Activation(nn.Module):
@@ -86,9 +113,56 @@ def linear_add_layer_norm(
     )
 
 
-def dropout_p(dropout: nn.Dropout, seed: Tensor | None) -> float:
-    """Return the probability in force: 0 in evaluation."""
-    return dropout.p if dropout.training and seed is not None else 0.0
+def embed(
+    word: nn.Module,
+    position: nn.Module,
+    type_: nn.Module | None,
+    norm: nn.Module,
+    dropout: nn.Module,
+    batch: PackedBatch,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return dropout(norm(word + type_ + position)) of a packed batch, rows (T, D).
+
+    Without `type_` there are no types of tokens.
+    """
+    tokens, rows, pad_id = batch.tokens, batch.embeds, None
+    if tokens is not None and is_plain(word, nn.Embedding):
+        rows, pad_id = word.weight, word.padding_idx
+    elif tokens is not None:
+        # a batch of one: hooks expect (B, L)
+        tokens, rows = None, word(tokens[None])[0]
+    if not (
+        is_plain(position, nn.Embedding)
+        and (type_ is None or is_plain(type_, nn.Embedding))
+        and is_plain(norm, nn.LayerNorm)
+    ):
+        x = nn.functional.embedding(tokens, rows, pad_id) if tokens is not None else rows
+        x = x if type_ is None else x + type_(batch.types)
+        return dropout(norm(x + position(batch.positions)))
+    fuses_dropout = is_plain(dropout, nn.Dropout)
+    x = ops.embed(
+        tokens,
+        batch.positions,
+        batch.types,
+        rows,
+        _without_gradient(position.weight, position.padding_idx),
+        rows.new_zeros(1, rows.shape[1]) if type_ is None else type_.weight,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        pad_id=pad_id,
+        p=dropout_p(dropout, seed) if fuses_dropout else 0.0,
+        seed=seed,
+    )
+    return x if fuses_dropout else dropout(x)
+
+
+def _without_gradient(table: Tensor, row: int | None) -> Tensor:
+    """Return a table whose row `row` gets no gradient."""
+    if row is None or not (torch.is_grad_enabled() and table.requires_grad):
+        return table
+    return torch.cat([table[:row], table[row : row + 1].detach(), table[row + 1 :]])
 
 
 class BertEmbeddings(nn.Module):
@@ -105,37 +179,83 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, batch: PackedBatch, seed: Tensor | None = None) -> Tensor:
         """Return the embeddings (T, D) of a packed batch."""
-        tokens, word, pad_id = batch.tokens, batch.embeds, None
-        if tokens is not None and is_plain(self.word_embeddings, nn.Embedding):
-            word, pad_id = self.word_embeddings.weight, self.word_embeddings.padding_idx
-        elif tokens is not None:
-            # a batch of one: hooks expect (B, L)
-            tokens, word = None, self.word_embeddings(tokens[None])[0]
-        plain = (
-            is_plain(self.position_embeddings, nn.Embedding)
-            and is_plain(self.token_type_embeddings, nn.Embedding)
-            and is_plain(self.LayerNorm, nn.LayerNorm)
-        )
-        fuses_dropout = is_plain(self.dropout, nn.Dropout)
-        if not plain:
-            word = nn.functional.embedding(tokens, word, pad_id) if tokens is not None else word
-            x = word + self.token_type_embeddings(batch.types)
-            return self.dropout(self.LayerNorm(x + self.position_embeddings(batch.positions)))
-        x = ops.embed(
-            tokens,
-            batch.positions,
-            batch.types,
-            word,
-            self.position_embeddings.weight,
-            self.token_type_embeddings.weight,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            self.LayerNorm.eps,
-            pad_id=pad_id,
-            p=dropout_p(self.dropout, seed) if fuses_dropout else 0.0,
-            seed=seed,
-        )
-        return x if fuses_dropout else self.dropout(x)
+        tables = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        return embed(*tables, self.LayerNorm, self.dropout, batch, seed)
+
+
+class Projections(NamedTuple):
+    """The modules that make query, key and value of rows."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return query, key and value of rows x (T, D) as (T, 3, H K)."""
+        fused = self._weights(x)
+        if fused is not None:
+            return ops.linear(x, *fused).unflatten(1, (3, fused[0].shape[0] // 3))
+        return torch.stack([linear(part, x) for part in self], dim=1)
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the three weights and biases in one; None where three products of x are better.
+
+        While gradients are off they are kept.
+        """
+        if not all(is_plain(part, nn.Linear) and part.bias is not None for part in self):
+            return None
+        weights, biases = [part.weight for part in self], [part.bias for part in self]
+        tensors = *weights, *biases
+        if len({t.dtype for t in tensors}) > 1 or len({w.shape for w in weights}) > 1:
+            return None  # the op has to refuse them
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(t.is_inference() for t in tensors)  # these have no version
+            or not all(t.is_contiguous() for t in tensors)
+        ):
+            return (torch.cat(weights), torch.cat(biases)) if _joins(x) else None
+        return kept.joined(weights), kept.joined(biases)
+
+
+def _joins(x: Tensor) -> bool:
+    """Return whether a product is worth putting its weights together each time.
+
+    On a GPU, for it saves launches. On the CPU it is as fast as three (BERT-base, 16 to 1,024 rows,
+    2 cores of an AMD EPYC, 2026-11-21).
+    """
+    return x.is_cuda
+
+
+def self_attention(
+    projections: Projections,
+    dropout: nn.Module,
+    heads: int,
+    x: Tensor,
+    layout: Layout,
+    seed: Tensor | None,
+    site: int,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return attention's context (T, H K) of rows x (T, D), and if wanted the probabilities.
+
+    Those are (B, H, L, L), of H heads. Of a dropout only its probability is used.
+    """
+    qkv = projections(x)
+    qkv = qkv.unflatten(2, (heads, qkv.shape[2] // heads))
+    p = dropout_p(dropout, seed)
+    context = ops.attention(
+        qkv,
+        layout.cu_seqlens,
+        layout.max_len,
+        p=p,
+        seed=seed,
+        site=site,
+        work=layout.work,
+        checked=True,
+    )
+    probs = attention_probs(qkv, layout, p, seed, site) if output_attentions else None
+    return context.flatten(1), probs
 
 
 class BertSelfAttention(nn.Module):
@@ -149,90 +269,14 @@ class BertSelfAttention(nn.Module):
         self.site = site
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self._fused: tuple[list[Tensor], list, Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, layout: Layout, seed: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the context (T, D) and, if wanted, the probabilities (B, H, L, L)."""
-        qkv = self._project(x)
-        p = dropout_p(self.dropout, seed)
-        dropout = {"p": p, "seed": seed, "site": self.site}
-        context = ops.attention(
-            qkv, layout.cu_seqlens, layout.max_len, **dropout, work=layout.work, checked=True
-        )
-        probs = attention_probs(qkv, layout, p, seed, self.site) if output_attentions else None
-        return context.flatten(1), probs
-
-    def _project(self, x: Tensor) -> Tensor:
-        """Return query, key and value of rows x as (T, 3, H, K)."""
-        fused = self._fused_weights(x)
-        if fused is not None:
-            qkv = ops.linear(x, *fused)
-        else:
-            parts = self.query, self.key, self.value
-            qkv = torch.stack([linear(part, x) for part in parts], dim=1)
-        return qkv.view(x.shape[0], 3, self.num_attention_heads, self.attention_head_size)
-
-    @staticmethod
-    def _fuses(x: Tensor) -> bool:
-        """Return whether a fused product is worth putting the weights together each time.
-
-        On a GPU, for it saves launches. On the CPU it is as fast as three (BERT-base, 16 to 1,024
-        rows, 2 cores of an AMD EPYC, 2026-11-21).
-        """
-        return x.is_cuda
-
-    def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the three weights and biases in one; None where three products of x are better.
-
-        They are kept while gradients are off, for the very tensors they were made of, as these
-        were. A write through `.data`, which PyTorch does not count, needs `drop_fused_weights`.
-        """
-        parts = self.query, self.key, self.value
-        tensors: list[Tensor] = []
-        if all(is_plain(part, nn.Linear) and part.bias is not None for part in parts):
-            tensors = [p.weight for p in parts] + [p.bias for p in parts]
-        if len({t.dtype for t in tensors}) != 1:  # there are none, or the op has to refuse them
-            self._fused = None
-            return None
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in tensors)  # these have no version
-            or not all(t.is_contiguous() for t in tensors)
-        ):
-            self._fused = None
-            return (torch.cat(tensors[:3]), torch.cat(tensors[3:])) if self._fuses(x) else None
-        kept, states = self._fused, [products.state_of(t) for t in tensors]
-        if kept is None or kept[1] != states:
-            with torch.inference_mode(False), torch.no_grad():  # what it makes has a version too
-                weight, bias = torch.cat(tensors[:3]), torch.cat(tensors[3:])
-            # the tensors too: while they live no other has their address
-            kept = self._fused = tensors, states, weight, bias
-        return kept[2:]
-
-    def drop_fused_weights(self) -> None:
-        """Forget what was made of weights: the parameters may change unseen from here on."""
-        self._fused = None
-        products.forget_packed()
-
-    def train(self, mode: bool = True) -> "BertSelfAttention":
-        """Set the mode, and drop the fused weights."""
-        self.drop_fused_weights()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "BertSelfAttention":
-        self.drop_fused_weights()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.drop_fused_weights()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        """Leave the fused weights out of pickles and copies."""
-        return {**self.__dict__, "_fused": None}
+        parts = Projections(self.query, self.key, self.value)
+        args = x, layout, seed, self.site, output_attentions
+        return self_attention(parts, self.dropout, self.num_attention_heads, *args)
 
 
 def attention_probs(

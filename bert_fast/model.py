@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.config import BertConfig
-from bert_fast.layers import BertEmbeddings, BertEncoder, BertPooler, linear
+from bert_fast.layers import BertEmbeddings, BertEncoder, BertPooler, draw_seed, drops, linear
 from bert_fast.outputs import BertModelOutput
 from bert_fast.packing import Layout, pack
 from bert_fast.pretrained import BertPreTrainedModel
@@ -157,9 +157,8 @@ class BertModel(BertPreTrainedModel):
         if want_probs and batch.packed:
             raise NotImplementedError("output_attentions: want a padded batch, got cu_seq_lens_q")
         seed = None
-        if self._drops():  # drawn outside of what checkpointing computes again
-            device = batch.cu_seqlens.device
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+        if drops(self):  # drawn outside of what checkpointing computes again
+            seed = draw_seed(batch.cu_seqlens.device)
         x = self.embeddings(batch, seed)
         x, hidden, probs = self.encoder(x, batch, seed, want_hidden, want_probs)
         pooled = None
@@ -178,20 +177,6 @@ class BertModel(BertPreTrainedModel):
             cross_attentions=() if want_probs else None,
         )
         return out if self.wants_dict(return_dict) else out.to_tuple()
-
-    def _drops(self) -> bool:
-        """Return whether a dropout is in training, be it alone."""
-        if self.training:
-            return True
-        found: set[nn.Module | None] = {None, self}
-        modules: list[nn.Module] = [self]
-        for module in modules:  # modules() is slower: this is part of every forward
-            if type(module) is nn.Dropout and module.training:
-                return True
-            children = {*module._modules.values()} - found
-            found |= children
-            modules.extend(children)
-        return False
 
     def _check_embeds(self, inputs_embeds: Tensor) -> None:
         """Raise unless inputs_embeds (B, L, D) fits the other embeddings."""

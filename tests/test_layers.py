@@ -1,12 +1,15 @@
 """Fused query, key and value: one product gives what three give, and never with old weights."""
 
 import copy
+import io
 
 import pytest
 import torch
 
-from bert_fast import BertConfig, BertModel
-from bert_fast.layers import BertSelfAttention
+import bert_fast
+from bert_fast import BertConfig, BertModel, layers
+from bert_fast.layers import BertSelfAttention, Projections
+from bert_fast.ops import kept
 
 IDS = torch.arange(5, 17).view(2, 6)
 
@@ -19,17 +22,15 @@ def models(monkeypatch):
         for p in plain.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
     fused = copy.deepcopy(plain)
-    ours = {id(m) for m in fused.modules() if isinstance(m, BertSelfAttention)}
-    project = BertSelfAttention._project
+    ours = {id(m.query) for m in attentions(fused)}
+    weights = Projections._weights
 
-    def forced(self, x):
-        with monkeypatch.context() as patch:
-            patch.setattr(BertSelfAttention, "_fuses", staticmethod(lambda x: id(self) in ours))
-            return project(self, x)
+    def joined(self, x):
+        return weights(self, x) if id(self.query) in ours else None
 
-    monkeypatch.setattr(BertSelfAttention, "_project", forced)
-    for m in attentions(plain):
-        m._fused_weights = lambda x: None
+    bert_fast.cpu_library()  # its choice, at first use, ends what is kept
+    monkeypatch.setattr(layers, "_joins", lambda x: True)
+    monkeypatch.setattr(Projections, "_weights", joined)
     return fused, plain
 
 
@@ -37,8 +38,13 @@ def attentions(model):
     return [m for m in model.modules() if isinstance(m, BertSelfAttention)]
 
 
-def kept(model):
-    return [m._fused is not None for m in attentions(model)]
+def joined(model):
+    """Whether the weights of each layer are kept in one."""
+    return [m.query.weight in kept._joined for m in attentions(model)]
+
+
+def project(attention, x):
+    return Projections(attention.query, attention.key, attention.value)(x)
 
 
 def assert_equal(models):
@@ -50,9 +56,10 @@ def assert_equal(models):
 def test_fused_is_kept_without_gradients_only(models):
     fused, plain = models
     assert_equal(models)
-    assert kept(fused) == [True, True] and kept(plain) == [False, False]
+    assert joined(fused) == [True, True] and joined(plain) == [False, False]
+    bert_fast.forget_weights()
     torch.testing.assert_close(fused(IDS)[0], plain(IDS)[0], rtol=1e-5, atol=1e-5)
-    assert kept(fused) == [False, False]
+    assert joined(fused) == [False, False]
 
 
 def test_gradients(models):
@@ -71,10 +78,12 @@ def in_place(model):
 
 
 def fused_adamw(model):
-    """It does not count as a write: the forward with gradients before it drops what was kept."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    model(IDS)[0].square().sum().backward()
-    optimizer.step()
+    """It does not count as a write, but its step ends what is kept."""
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    versions = [p._version for p in model.parameters()]
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    assert versions == [p._version for p in model.parameters()]
 
 
 def load(model):
@@ -93,10 +102,10 @@ def through_data(model):
 
 
 def little_through_data(model):
-    """What nothing betrays, drop_fused_weights is for."""
+    """What nothing betrays, forget_weights is for."""
     for m in attentions(model):
         m.key.weight.data[:, 1] += 1
-        m.drop_fused_weights()
+    bert_fast.forget_weights()
 
 
 def train_and_back(model):
@@ -120,12 +129,21 @@ def test_changed_weights_are_seen(models, change):
         assert not torch.allclose(models[1](IDS)[0], before)
 
 
+def test_a_fused_optimizer_where_no_number_is_looked_at(models, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(kept, "_SAMPLES", 2**62)
+    test_changed_weights_are_seen(models, fused_adamw)
+
+
 def test_cast_and_copy(models):
     assert_equal(models)
     fused = models[0]
-    assert kept(copy.deepcopy(fused)) == [False, False]
-    fused.double()
-    assert kept(fused) == [False, False]
+    assert joined(copy.deepcopy(fused)) == [False, False]
+    before = [*fused.state_dict()]
+    file = io.BytesIO()
+    torch.save(fused, file)
+    assert file.tell() < 1.2 * sum(t.nbytes for t in fused.state_dict().values())
+    assert [*fused.double().state_dict()] == before
     assert_equal((fused.float(), models[1]))
 
 
@@ -136,9 +154,9 @@ def test_weights_made_in_inference_mode(models):
         attention = attentions(model)[0]
         x = torch.randn(3, 128)
         parts = attention.query, attention.key, attention.value
-        expected = torch.cat([part(x) for part in parts], 1).view(3, 3, 2, 64)
-        torch.testing.assert_close(attention._project(x), expected)
-    assert attention._fused is None
+        expected = torch.stack([part(x) for part in parts], 1)
+        torch.testing.assert_close(project(attention, x), expected)
+        assert not joined(model)[0]
 
 
 def test_dropout_alone_in_training():
@@ -155,14 +173,14 @@ def test_dropout_alone_in_training():
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_a_projection_without_bias(part, device_type, monkeypatch):
     """It cannot be fused, and is called beside the two others."""
-    monkeypatch.setattr(BertSelfAttention, "_fuses", staticmethod(lambda x: device_type != "cpu"))
+    monkeypatch.setattr(layers, "_joins", lambda x: device_type != "cpu")
     attention = BertSelfAttention(BertConfig.named("tiny", vocab_size=40), 0)
     setattr(attention, part, torch.nn.Linear(128, 128, bias=False))
     parts, x = (attention.query, attention.key, attention.value), torch.randn(3, 128)
-    expected = torch.stack([one(x) for one in parts], 1).view(3, 3, 2, 64)
-    torch.testing.assert_close(attention._project(x), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([one(x) for one in parts], 1)
+    torch.testing.assert_close(project(attention, x), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(attention._project(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(project(attention, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_projection_in_another_dtype(models):
@@ -170,7 +188,7 @@ def test_a_projection_in_another_dtype(models):
     attention = attentions(models[0])[0]
     attention.key.half()
     with torch.no_grad(), pytest.raises(TypeError, match="want one dtype for all"):
-        attention._project(torch.randn(3, 128))
+        project(attention, torch.randn(3, 128))
 
 
 def test_a_dropout_of_another_class_drops():
@@ -193,6 +211,6 @@ def test_a_model_that_holds_itself():
     """As some wrappers register their parent: the look for dropouts ends."""
     model = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
     model.encoder.register_module("owner", model)
-    assert not model._drops()
+    assert not layers.drops(model)
     model.encoder.layer[1].output.dropout.train()
-    assert model._drops()
+    assert layers.drops(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bert_fast import BertConfig, BertModel, ops
-from bert_fast.ops import products
+from bert_fast.ops import kept, products
 
 IDS = torch.arange(5, 17).view(2, 6)
 MEASURED = products.packs_weights.__wrapped__  # asked anew each time
@@ -22,12 +22,12 @@ def packing(monkeypatch):
     monkeypatch.setattr(products, "packs_weights", lambda dtype: True)
     with products.fixed_cpu_library("onednn"):
         yield
-    products.forget_packed()
+    kept.forget()
 
 
 def packed(w):
-    kept = products._packed.get(w)
-    return kept is not None and kept.packed is not None
+    found = products._packed.get(w)
+    return found is not None and found.packed is not None
 
 
 def met(w, times=2, rows=3):
@@ -84,8 +84,8 @@ def test_few_rows_only():
     w, other = weight(), weight()
     assert not packed(met(w, 3, rows=1))
     assert not packed(met(other, 3, rows=257))
-    kept = products._packed[met(w)]
-    assert products._packed[met(w, rows=1000)] is kept
+    found = products._packed[met(w)]
+    assert products._packed[met(w, rows=1000)] is found
 
 
 def in_place(w):
@@ -105,7 +105,7 @@ def through_data(w):
 def little_through_data(w):
     """What nothing betrays is for who does it to tell."""
     w.data[3, 1] += 1
-    products.forget_packed()
+    kept.forget()
 
 
 def little_by_optimizer(w):
@@ -184,7 +184,8 @@ def test_model_is_what_it_was():
         first, *others = (model(IDS).last_hidden_state for _ in range(3))
         assert all(torch.equal(first, other) for other in others)
         assert packed(model.encoder.layer[0].intermediate.dense.weight)
-        assert packed(model.encoder.layer[0].attention.self._fused[2])
+        query = model.encoder.layer[0].attention.self.query
+        assert packed(kept._joined[query.weight].joined)
     assert [*model.state_dict()] == names
     copied, file = copy.deepcopy(model), io.BytesIO()
     torch.save(model, file)

@@ -15,7 +15,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from bert_fast.ops import kept
 
 LIBRARIES = ("blas", "onednn")
 _ROUNDS = 8
@@ -31,7 +32,6 @@ _ROWS, _COLUMNS = 192, 768  # of the product that is measured: about 1 ms
 # BERT-base's products gained 40 % of packing at 16 rows, 10 % at 128, 5 % at 256, 4 % at 1,024 in
 # fp32, and 80, 18 and 10 % at 16, 128 and 1,024 rows in bf16 (2 cores of an AMD EPYC, 2026-11-22).
 _PACKED_ROWS = {torch.float32: 256, torch.bfloat16: 2**62}
-_SAMPLES = 16  # numbers of a weight that are looked at
 _PROBES = ((2, 64, 16), (5, 33, 100), (64, 64, 16), (33, 100, 33), (16, 768, 768))  # rows, D, F
 _FEW_ROWS = 16  # of the product that says whether packing is worth it
 
@@ -83,7 +83,7 @@ def set_cpu_library(name: str | None) -> None:
     if name == "onednn" and not _has_onednn():
         raise ValueError("cpu library: want blas, since this PyTorch has no oneDNN, got onednn")
     _chosen = name
-    forget_packed()
+    kept.forget()
 
 
 @contextmanager
@@ -161,24 +161,7 @@ class _Packed(NamedTuple):
     packed: Tensor | None
 
 
-def state_of(w: Tensor) -> Any:
-    """Return what tells a weight from what it was before: equal to that, or it has changed.
-
-    PyTorch counts writes, but those through `.data` or by a fused optimizer it does not. On the CPU
-    a few of the numbers betray most of these; on a GPU to look at them would be to wait. Gradients
-    are off, and w is contiguous.
-    """
-    step = w.numel() // _SAMPLES
-    some = w.as_strided((_SAMPLES,), (step,)).tolist() if step and w.is_cpu else []
-    return w._version, w.data_ptr(), some
-
-
-_packed: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()
-
-
-def forget_packed() -> None:
-    """Drop all packed weights: parameters may have changed in a way that PyTorch does not count."""
-    _packed.clear()
+_packed = kept.table()
 
 
 @functools.cache
@@ -215,8 +198,9 @@ def _packed_weight(w: Tensor, rows: int) -> Tensor | None:
     # a product of one row has other bits by a packed weight; inference tensors have no version
     if rows == 1 or w.is_inference() or not packs_weights(w.dtype):
         return None
-    seen, state = _packed.get(w), state_of(w)
+    seen, state = _packed.get(w), kept.state_of(w)
     if seen is None or seen.state != state:
+        kept.watch_optimizers()
         _packed[w] = _Packed(state, None)
         return None
     if seen.packed is None and rows <= _PACKED_ROWS[w.dtype]:
