@@ -11,6 +11,7 @@ from bert_fast.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from bert_fast.hf import accelerate, patch_transformers, restore
 from bert_fast.model import BertModel
 from bert_fast.ops.kept import forget as forget_weights
 from bert_fast.ops.products import cpu_library, set_cpu_library
@@ -34,8 +35,11 @@ __all__ = [
     "BertTokenizer",
     "Encoder",
     "__version__",
+    "accelerate",
     "cpu_library",
     "forget_weights",
+    "patch_transformers",
     "report",
+    "restore",
     "set_cpu_library",
 ]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.config import BertConfig
-from bert_fast.layers import BertEmbeddings, BertEncoder, BertPooler, draw_seed, drops, linear
+from bert_fast.functional import draw_seed, drops, linear
+from bert_fast.layers import BertEmbeddings, BertEncoder, BertPooler
 from bert_fast.outputs import BertModelOutput
 from bert_fast.packing import Layout, pack
 from bert_fast.pretrained import BertPreTrainedModel

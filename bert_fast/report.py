@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.layers import Activation, BertEncoder, BertSelfAttention, is_plain
+from bert_fast.functional import Activation, is_plain
+from bert_fast.layers import BertEncoder, BertSelfAttention
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ LAYERS = (  # a module imports only what stands above its own line; a package al
     ("checkpoint",),
     ("ops",),
     ("packing",),
+    ("functional",),
     ("layers",),
     ("base",),
     ("pretrained",),

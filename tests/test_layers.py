@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import bert_fast
-from bert_fast import BertConfig, BertModel, layers
-from bert_fast.layers import BertSelfAttention, Projections
+from bert_fast import BertConfig, BertModel, functional
+from bert_fast.functional import Projections
+from bert_fast.layers import BertSelfAttention
 from bert_fast.ops import kept
 
 IDS = torch.arange(5, 17).view(2, 6)
@@ -29,7 +30,7 @@ def models(monkeypatch):
         return weights(self, x) if id(self.query) in ours else None
 
     bert_fast.cpu_library()  # its choice, at first use, ends what is kept
-    monkeypatch.setattr(layers, "_joins", lambda x: True)
+    monkeypatch.setattr(functional, "_joins", lambda x: True)
     monkeypatch.setattr(Projections, "_weights", joined)
     return fused, plain
 
@@ -173,7 +174,7 @@ def test_dropout_alone_in_training():
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_a_projection_without_bias(part, device_type, monkeypatch):
     """It cannot be fused, and is called beside the two others."""
-    monkeypatch.setattr(layers, "_joins", lambda x: device_type != "cpu")
+    monkeypatch.setattr(functional, "_joins", lambda x: device_type != "cpu")
     attention = BertSelfAttention(BertConfig.named("tiny", vocab_size=40), 0)
     setattr(attention, part, torch.nn.Linear(128, 128, bias=False))
     parts, x = (attention.query, attention.key, attention.value), torch.randn(3, 128)
@@ -211,6 +212,6 @@ def test_a_model_that_holds_itself():
     """As some wrappers register their parent: the look for dropouts ends."""
     model = BertModel(BertConfig.named("tiny", vocab_size=40)).eval()
     model.encoder.register_module("owner", model)
-    assert not layers.drops(model)
+    assert not functional.drops(model)
     model.encoder.layer[1].output.dropout.train()
-    assert layers.drops(model)
+    assert functional.drops(model)

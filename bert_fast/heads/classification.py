@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from bert_fast import layers
+from bert_fast import functional
 from bert_fast.config import BertConfig
 from bert_fast.heads import losses
 from bert_fast.model import BertModel, Encoded
@@ -230,7 +230,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         encoded = self.bert(*inputs, packed_output=True, **options)
         layout = encoded.layout
-        logits = layers.linear(self.classifier, self.dropout(encoded.rows))
+        logits = functional.linear(self.classifier, self.dropout(encoded.rows))
         loss = None
         if labels is not None:
             target = losses.token_labels(labels, layout)

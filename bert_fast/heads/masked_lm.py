@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from bert_fast import layers, ops
+from bert_fast import functional, ops
 from bert_fast.config import BertConfig
 from bert_fast.heads import losses
 from bert_fast.model import BertModel, Encoded
@@ -22,16 +22,13 @@ class BertPredictionHeadTransform(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.dense = nn.Linear(D, D)
-        self.transform_act_fn = layers.Activation(config.hidden_act)
+        self.transform_act_fn = functional.Activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return rows (N, D)."""
-        x = layers.linear_gelu(self.dense, self.transform_act_fn, x)
-        norm = self.LayerNorm
-        if layers.is_plain(norm, nn.LayerNorm):
-            return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return norm(x)
+        parts = self.dense, self.transform_act_fn, self.LayerNorm
+        return functional.linear_gelu_layer_norm(*parts, x)
 
 
 class BertLMPredictionHead(nn.Module):
@@ -45,12 +42,12 @@ class BertLMPredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, V) of rows (N, D)."""
-        return layers.linear(self.decoder, self.transform(x))
+        return functional.linear(self.decoder, self.transform(x))
 
     def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy () summed over rows x (N, D), without keeping logits."""
         x = self.transform(x)
-        if layers.is_plain(self.decoder, nn.Linear):
+        if functional.is_plain(self.decoder, nn.Linear):
             return ops.linear_cross_entropy(x, self.decoder.weight, self.decoder.bias, labels)
         return F.cross_entropy(losses.wide(self.decoder(x)), labels, reduction="sum")
 

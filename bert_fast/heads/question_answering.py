@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_fast import layers
+from bert_fast import functional
 from bert_fast.config import BertConfig
 from bert_fast.heads import losses
 from bert_fast.model import BertModel
@@ -57,7 +57,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         encoded = self.bert(*inputs, packed_output=True, **options)
         layout = encoded.layout
-        logits = layers.linear(self.qa_outputs, encoded.rows)
+        logits = functional.linear(self.qa_outputs, encoded.rows)
         if logits.shape[1] != 2:
             raise ValueError(f"config.num_labels: want 2, got {logits.shape[1]}")
         logits = layout.unpack(logits, fill=torch.finfo(logits.dtype).min)

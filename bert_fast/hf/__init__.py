@@ -1,0 +1,5 @@
+"""Models of Hugging Face, made fast where they are; transformers is imported when they are used."""
+
+from bert_fast.hf.accelerate import accelerate, patch_transformers, restore
+
+__all__ = ["accelerate", "patch_transformers", "restore"]

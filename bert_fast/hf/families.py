@@ -1,0 +1,230 @@
+"""Where transformers' encoders keep what our layers take: BERT and those that share its layer.
+
+An encoder runs packed only while the modules between the model and its projections are
+transformers' own, without a hook of a user's, who would find rows where padded batches were.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bert_fast import functional
+from bert_fast.functional import Projections
+
+_NO_DROPOUT = nn.Dropout(0.0)
+_RECORDER = "transformers.utils.output_capturing"  # its hooks do nothing unless it records
+_ACTIVATIONS = {
+    name: functional.Activation(ours)
+    for name, ours in {
+        "GELUActivation": "gelu",
+        "NewGELUActivation": "gelu_new",
+        "GELUTanh": "gelu_pytorch_tanh",
+        "ReLU": "relu",
+    }.items()
+}
+GELU = _ACTIVATIONS["GELUActivation"]
+
+
+class Layer(NamedTuple):
+    """The modules of a layer, as functional.py takes them.
+
+    Attributes:
+        projections: query, key, value.
+        attention_dropout: whose probability attention takes.
+        heads: H.
+        attention_output: dense, dropout, LayerNorm.
+        intermediate: dense, activation.
+        output: dense, dropout, LayerNorm.
+    """
+
+    projections: Projections
+    attention_dropout: nn.Module
+    heads: int
+    attention_output: tuple[nn.Module, nn.Module, nn.Module]
+    intermediate: tuple[nn.Module, nn.Module]
+    output: tuple[nn.Module, nn.Module, nn.Module]
+
+
+class Family(NamedTuple):
+    """An architecture.
+
+    Attributes:
+        prefix: of its classes.
+        embeddings: what `functional.embed` takes of a model: word, position, type, LayerNorm,
+            dropout.
+        blocks: the layers in a model.
+        layer: a layer's modules.
+        between: all modules of a model that are not called, with the names their class may have.
+        after_padding: whether positions count from behind the padding id, as RoBERTa's.
+        output: transformers' class of what the model returns.
+    """
+
+    prefix: str
+    embeddings: Callable[[nn.Module], tuple[nn.Module | None, ...]]
+    blocks: Callable[[nn.Module], Sequence[nn.Module]]
+    layer: Callable[[nn.Module], Layer]
+    between: Callable[[nn.Module, str], Iterator[tuple[nn.Module, tuple[str, ...]]]]
+    after_padding: bool
+    output: str
+
+
+def activation(module: nn.Module) -> nn.Module:
+    """Return the Activation that does what transformers' module does; itself if none does."""
+    ours = _ACTIVATIONS.get(type(module).__name__)
+    return module if ours is None or not functional.is_plain(module, type(module)) else ours
+
+
+# --- BERT, RoBERTa, XLM-RoBERTa, ELECTRA ---------------------------------------------------------
+
+
+def _bert_embeddings(model: nn.Module) -> tuple[nn.Module | None, ...]:
+    own = model.embeddings
+    tables = own.word_embeddings, own.position_embeddings, own.token_type_embeddings
+    return *tables, own.LayerNorm, own.dropout
+
+
+def _bert_layer(layer: nn.Module) -> Layer:
+    attention, output, up = layer.attention, layer.output, layer.intermediate
+    own, after = attention.self, attention.output
+    return Layer(
+        Projections(own.query, own.key, own.value),
+        own.dropout,
+        own.num_attention_heads,
+        (after.dense, after.dropout, after.LayerNorm),
+        (up.dense, activation(up.intermediate_act_fn)),
+        (output.dense, output.dropout, output.LayerNorm),
+    )
+
+
+def _bert_between(model: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    yield model.embeddings, (f"{prefix}Embeddings",)
+    yield model.encoder, (f"{prefix}Encoder",)
+    attention = f"{prefix}SelfAttention", f"{prefix}SdpaSelfAttention"
+    for layer in model.encoder.layer:
+        yield layer, (f"{prefix}Layer",)
+        yield layer.attention, (f"{prefix}Attention",)
+        yield layer.attention.self, attention
+        yield layer.attention.output, (f"{prefix}SelfOutput",)
+        yield layer.intermediate, (f"{prefix}Intermediate",)
+        yield layer.output, (f"{prefix}Output",)
+
+
+def _bert(prefix: str, after_padding: bool, output: str) -> Family:
+    blocks = lambda model: model.encoder.layer  # noqa: E731
+    parts = _bert_embeddings, blocks, _bert_layer, _bert_between
+    return Family(prefix, *parts, after_padding, output)
+
+
+# --- DistilBERT ----------------------------------------------------------------------------------
+
+
+def _distilbert_embeddings(model: nn.Module) -> tuple[nn.Module | None, ...]:
+    own = model.embeddings
+    return own.word_embeddings, own.position_embeddings, None, own.LayerNorm, own.dropout
+
+
+def _distilbert_layer(layer: nn.Module) -> Layer:
+    own, ffn = layer.attention, layer.ffn
+    return Layer(
+        Projections(own.q_lin, own.k_lin, own.v_lin),
+        own.dropout,
+        own.n_heads,
+        (own.out_lin, _NO_DROPOUT, layer.sa_layer_norm),
+        (ffn.lin1, activation(ffn.activation)),
+        (ffn.lin2, ffn.dropout, layer.output_layer_norm),
+    )
+
+
+def _distilbert_between(
+    model: nn.Module, prefix: str
+) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    yield model.embeddings, ("Embeddings",)
+    yield model.transformer, ("Transformer",)
+    attention = f"{prefix}SelfAttention", "MultiHeadSelfAttention", f"{prefix}SdpaAttention"
+    for layer in model.transformer.layer:
+        yield layer, ("TransformerBlock",)
+        yield layer.attention, attention
+        yield layer.ffn, ("FFN",)
+
+
+_CROSS = "BaseModelOutputWithPastAndCrossAttentions"
+_POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
+_MODELS = {  # of transformers.models: module and base model
+    ("bert", "BertModel"): _bert("Bert", False, _POOLED),
+    ("roberta", "RobertaModel"): _bert("Roberta", True, _POOLED),
+    ("xlm_roberta", "XLMRobertaModel"): _bert("XLMRoberta", True, _POOLED),
+    ("electra", "ElectraModel"): _bert("Electra", False, _CROSS),
+    ("distilbert", "DistilBertModel"): Family(
+        "DistilBert",
+        _distilbert_embeddings,
+        lambda model: model.transformer.layer,
+        _distilbert_layer,
+        _distilbert_between,
+        False,
+        "BaseModelOutput",
+    ),
+}
+_HEADS = {  # masked-LM heads, which score the vocabulary at every token
+    ("bert", "BertLMPredictionHead"),
+    ("roberta", "RobertaLMHead"),
+    ("xlm_roberta", "XLMRobertaLMHead"),
+}
+# as keys of the tables above, by the full name of the class
+_NAMES = {
+    f"transformers.models.{name}.modeling_{name}.{cls}": (name, cls)
+    for name, cls in (*_MODELS, *_HEADS)
+}
+
+
+def known(cls: type) -> type | None:
+    """Return the class of transformers that `cls` is or is made of, and that is known here."""
+    return next((c for c in cls.__mro__ if f"{c.__module__}.{c.__qualname__}" in _NAMES), None)
+
+
+def family(cls: type) -> Family | None:
+    """Return the family of a known class; None for a head."""
+    return _MODELS.get(_NAMES[f"{cls.__module__}.{cls.__qualname__}"])
+
+
+# --- what is asked of a model before it runs packed ----------------------------------------------
+
+
+def why_not(model: nn.Module, cls: type, family: Family) -> str:
+    """Return why a model has to run its original code whatever its inputs; empty: it has not."""
+    config = model.config
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it is a decoder"
+    if getattr(config, "is_causal", False):
+        return "its attention is causal"
+    if getattr(config, "position_embedding_type", None) not in ("absolute", None):
+        return f"its positions are {config.position_embedding_type}"
+    for module, names in family.between(model, family.prefix):
+        kind = type(module)
+        if kind.__name__ not in names or kind.__module__ != cls.__module__:
+            return f"a {kind.__module__}.{kind.__qualname__} stands where want {names[0]}"
+        if functional.is_watched(module) or _has_hooks(module):
+            return f"a {names[0]} has hooks or a forward of its own"
+    if nn.modules.module._has_any_global_hook():
+        return "hooks are registered for all modules"
+    return ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks
+    return bool(hooks) and any(hook.__module__ != _RECORDER for hook in hooks.values())
+
+
+def positions_after_padding(
+    table: nn.Embedding, input_ids: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Return RoBERTa's positions (B, L) or (1, L): counted from behind the padding id.
+
+    A token with the padding id has that position itself, and is not counted.
+    """
+    pad = table.padding_idx
+    if input_ids is None:
+        return torch.arange(pad + 1, pad + 1 + shape[1], device=device)[None]
+    counted = input_ids.ne(pad).long()
+    return counted.cumsum(1) * counted + pad

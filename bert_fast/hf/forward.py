@@ -1,0 +1,222 @@
+"""What an accelerated model of transformers runs: its own modules, on packed rows.
+
+It takes the padding out before the embeddings and puts zeros in its place at the end. Whatever it
+cannot do raises NotImplementedError with the reason, before any result; the original does it then.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bert_fast import functional
+from bert_fast.functional import linear
+from bert_fast.hf import families
+from bert_fast.hf.families import Family
+from bert_fast.packing import PackedBatch, pack
+
+_PACKED = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
+_TAKEN = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+    *_PACKED,
+}
+# what an encoder has no use for in transformers either
+_WITHOUT_EFFECT = {"use_cache", "cache_position", "num_items_in_batch", "seq_idx"}
+
+
+class _Rows(NamedTuple):
+    """The rows that a model's output was unpacked from, for its head.
+
+    Attributes:
+        rows: (T, D).
+        batch: where they stand.
+        version: of the output when it was made: another has been written to.
+    """
+
+    rows: Tensor
+    batch: PackedBatch
+    version: int
+
+
+_unpacked: "WeakTensorKeyDictionary[Tensor, _Rows]" = WeakTensorKeyDictionary()
+
+
+def check(model: nn.Module, cls: type, family: Family, given: dict[str, Any]) -> None:
+    """Raise NotImplementedError if a model has to run its original code on what is given."""
+    reason = families.why_not(model, cls, family) or _unsupported(given)
+    if reason:
+        raise NotImplementedError(reason)
+
+
+def _unsupported(given: dict[str, Any]) -> str:
+    """Return why packed rows cannot do what is asked; empty: they can."""
+    for name, value in given.items():
+        if name not in _TAKEN and name not in _WITHOUT_EFFECT and value not in (None, False):
+            return f"it is given {name}"
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tensor = ids if embeds is None else embeds
+    if (ids is None) == (embeds is None) or not isinstance(tensor, Tensor):
+        return "it is not given one tensor of input_ids or inputs_embeds"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"it is on {tensor.device.type}"
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return "its attention_mask is not (B, L)"
+    if not isinstance(given.get("output_hidden_states"), bool | None):
+        return "it is to return some of the hidden states"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "it is being exported"
+    return ""
+
+
+def run(model: nn.Module, family: Family, given: dict[str, Any], legacy: bool) -> Any:
+    """Return what the model's own forward returns, with 0 at padding.
+
+    Args:
+        model: the base model.
+        family: its architecture.
+        given: arguments by name, checked.
+        legacy: of transformers before 5.
+
+    Raises:
+        NotImplementedError: a row of the batch begins with padding; or an op refuses it.
+    """
+    config = model.config
+    wants = {}
+    for name in ("output_hidden_states", "output_attentions"):
+        value = given.get(name)
+        wants[name] = bool(getattr(config, name, False) if value is None else value)
+    want_hidden, want_probs = wants.values()
+    batch = _pack(model, family, given)
+    if want_probs and batch.packed:
+        raise NotImplementedError("it is to return attentions of packed sequences")
+    seed = None
+    if functional.drops(model):  # drawn outside of what checkpointing computes again
+        seed = functional.draw_seed(batch.cu_seqlens.device)
+    x = functional.embed(*family.embeddings(model), batch, seed)
+    project = model._modules.get("embeddings_project")  # ELECTRA's
+    x = x if project is None else linear(project, x)
+    hidden, attentions = [x], []
+    for i, block in enumerate(family.blocks(model)):
+        layer = partial(
+            _layer, family, block, batch=batch, seed=seed, site=1 + 3 * i, want_probs=want_probs
+        )
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            x, probs = block._gradient_checkpointing_func(layer, x)
+        else:
+            x, probs = layer(x)
+        if want_hidden:
+            hidden.append(x)
+        attentions.append(probs)
+    last = batch.unpack(x)
+    if not torch.compiler.is_compiling():  # tracing knows no weak tables
+        _unpacked[last] = _Rows(x, batch, last._version)
+    fields: dict[str, Any] = {"last_hidden_state": last}
+    pooler = model._modules.get("pooler")
+    if pooler is not None:
+        fields["pooler_output"] = _pool(pooler, family, x, last, batch)
+    if want_hidden:
+        fields["hidden_states"] = (*map(batch.unpack, hidden[:-1]), last)
+    if want_probs:
+        fields["attentions"] = (*attentions,)
+        if not legacy and family.prefix != "DistilBert":
+            fields["cross_attentions"] = ()
+    return _output(family, fields, _wants_dict(config, given), legacy)
+
+
+def _pack(model: nn.Module, family: Family, given: dict[str, Any]) -> PackedBatch:
+    """Return the batch without padding."""
+    ids, embeds, mask = (given.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask"))
+    tensor = ids if embeds is None else embeds
+    table, positions = family.embeddings(model)[1], given.get("position_ids")
+    packed = given.get("cu_seq_lens_q") is not None
+    if family.after_padding and positions is None:
+        if packed:
+            raise NotImplementedError("its positions are not given beside cu_seq_lens_q")
+        shape = tensor.shape[0], tensor.shape[1]
+        positions = families.positions_after_padding(table, ids, shape, tensor.device)
+    if mask is not None:
+        mask = None if packed else mask.to(tensor.device, torch.bool)
+    batch = pack(
+        ids,
+        mask,
+        given.get("token_type_ids"),
+        positions,
+        embeds,
+        cu_seqlens=given.get("cu_seq_lens_q"),
+        max_len=given.get("max_length_q"),
+        max_positions=table.num_embeddings,
+    )
+    # transformers' heads read column 0, be it padding
+    if mask is not None and not torch.compiler.is_compiling() and not mask[:, 0].all():
+        if (batch.nonempty() & ~mask[:, 0]).any():
+            raise NotImplementedError("a row of its batch begins with padding")
+    return batch
+
+
+def _layer(
+    family: Family,
+    block: nn.Module,
+    x: Tensor,
+    *,
+    batch: PackedBatch,
+    seed: Tensor | None,
+    site: int,
+    want_probs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows (T, D) after a layer and, if wanted, its probabilities (B, H, L, L)."""
+    layer, add_layer_norm = family.layer(block), functional.linear_add_layer_norm
+    attention = layer.projections, layer.attention_dropout, layer.heads
+    context, probs = functional.self_attention(*attention, x, batch, seed, site, want_probs)
+    x = add_layer_norm(*layer.attention_output, context, x, seed, site + 1)
+    h = functional.linear_gelu(*layer.intermediate, x)
+    return add_layer_norm(*layer.output, h, x, seed, site + 2), probs
+
+
+def _pool(pooler: nn.Module, family: Family, x: Tensor, last: Tensor, batch: PackedBatch) -> Tensor:
+    """Return what the pooler makes of each sequence's first row, (B, D)."""
+    if type(pooler).__name__ == f"{family.prefix}Pooler" and functional.is_plain(
+        pooler, type(pooler)
+    ):
+        first, nonempty = batch.first_rows(x), batch.nonempty()
+        return functional.pool(pooler.dense, pooler.activation, first, nonempty)
+    return pooler(last)
+
+
+def _wants_dict(config: Any, given: dict[str, Any]) -> bool:
+    wanted = given.get("return_dict")
+    return bool(getattr(config, "return_dict", True) if wanted is None else wanted)
+
+
+def _output(family: Family, fields: dict[str, Any], as_dict: bool, legacy: bool) -> Any:
+    """Return the fields as transformers' output, or as the tuple that it would be."""
+    from transformers import modeling_outputs
+
+    if legacy and not as_dict and "Pooling" in family.output:
+        # its heads count on a place for the pooled output, be it None
+        extras = [fields[n] for n in ("hidden_states", "attentions") if n in fields]
+        return fields["last_hidden_state"], fields.get("pooler_output"), *extras
+    out = getattr(modeling_outputs, family.output)(**fields)
+    return out if as_dict else out.to_tuple()
+
+
+def score(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Return a masked-LM head's logits (B, L, V) of hidden states (B, L, D); 0 at padding.
+
+    Those of an accelerated model are taken as the rows that they were made of.
+    """
+    known = None if torch.compiler.is_compiling() else _unpacked.get(hidden)
+    if known is not None and known.version != hidden._version:
+        known = None
+    x = hidden.flatten(0, -2) if known is None else known.rows
+    transform = head._modules.get("transform")
+    if transform is not None:  # BERT's
+        parts = transform.dense, families.activation(transform.transform_act_fn)
+        x = functional.linear_gelu_layer_norm(*parts, transform.LayerNorm, x)
+    else:  # RoBERTa's
+        x = functional.linear_gelu_layer_norm(head.dense, families.GELU, head.layer_norm, x)
+    logits = linear(head.decoder, x)
+    return logits.unflatten(0, hidden.shape[:-1]) if known is None else known.batch.unpack(logits)
