@@ -169,14 +169,9 @@ def pack(
         raise ValueError(f"batch: want less than 2**31 columns in all rows, got {[*shape]}")
     types = _per_token("token_type_ids", token_type_ids, shape)
     positions = _per_token("position_ids", position_ids, shape)
-    if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask: want None beside cu_seq_lens_q, got a mask")
-        layout = _packed_layout(cu_seqlens, max_len, shape)
-    elif attention_mask is None:
-        layout = _full_layout(shape, given.device)
-    else:
-        layout = _masked_layout(attention_mask, shape)
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ValueError("attention_mask: want None beside cu_seq_lens_q, got a mask")
+    layout = find_layout(shape, given.device, attention_mask, cu_seqlens, max_len)
     longest = shape[1]
     if layout.packed:  # an unknown length passes: compiling, it is not looked at
         longest = layout.max_len if max_len is not None or not torch.compiler.is_compiling() else 0
@@ -186,8 +181,6 @@ def pack(
             f" got {longest}"
         )
     columns = layout.columns() if positions is None else layout.gather(positions)
-    if layout.cu_seqlens.is_cuda and layout.work is None:
-        layout = replace(layout, work=ops.work_list(layout.cu_seqlens, layout.num_tokens))
     return PackedBatch(
         **vars(layout),
         tokens=None if input_ids is None else layout.gather(input_ids),
@@ -195,6 +188,31 @@ def pack(
         positions=columns,
         types=torch.zeros_like(columns) if types is None else layout.gather(types),
     )
+
+
+def find_layout(
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_len: int | Tensor | None = None,
+) -> Layout:
+    """Return where the tokens of a batch (B, L) stand, by its mask or borders, as `pack` has them.
+
+    Raises:
+        ValueError: the mask or the borders do not fit.
+        TypeError: they have the wrong dtype.
+        NotImplementedError: a 3-D or 4-D mask.
+    """
+    if cu_seqlens is not None:
+        layout = _packed_layout(cu_seqlens, max_len, shape)
+    elif attention_mask is None:
+        layout = _full_layout(shape, device)
+    else:
+        layout = _masked_layout(attention_mask, shape)
+    if layout.cu_seqlens.is_cuda and layout.work is None:
+        layout = replace(layout, work=ops.work_list(layout.cu_seqlens, layout.num_tokens))
+    return layout
 
 
 def check_tensor(name: str, value: object) -> None:
