@@ -21,8 +21,9 @@ LAYERS = (  # a module imports only what stands above its own line; a package al
     ("pretrained",),
     ("model",),
     ("heads",),
-    ("graphs", "report"),
-    ("convert", "doctor", "encode", "hf"),
+    ("hf",),
+    ("graphs", "report"),  # what is reported of is accelerated, too
+    ("convert", "doctor", "encode"),
     ("train",),
     ("cli",),
     ("__main__",),

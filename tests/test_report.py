@@ -32,11 +32,17 @@ class HalvedNorm(nn.LayerNorm):
         return 0.5 * super().forward(x)
 
 
+def called(model):
+    """What is not read by an op, with the reason."""
+    found = bert_fast.report(model).modules
+    return [f"{entry.name}: {entry.reason}" for entry in found if entry.runs == "as it is"]
+
+
 def test_of_this_machine():
     """Without a model: the device a model would be put on, no notes."""
     found = bert_fast.report()
     assert found.device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert found.notes == ()
+    assert found.notes == () and found.modules == ()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -44,6 +50,7 @@ def test_of_a_model(name):
     """Every op once, each with a name that is known and a reason if something faster is not."""
     found = bert_fast.report(pair(name)[1])
     assert found.device == "cpu" and found.notes == ()
+    assert all(entry.runs in ops.implementations() for entry in found.modules), found.modules
     assert [entry.op for entry in found.ops] == sorted(ops.implementations())
     assert {"embed", "attention", "add_layer_norm", "linear_gelu", "linear", "unpad"} <= {
         entry.op for entry in found.ops
@@ -62,10 +69,13 @@ def test_text():
     found = bert_fast.report(model)
     first, *lines = str(found).splitlines()
     assert found.device in first
-    assert len(lines) == len(found.ops) + len(found.notes)
+    assert len(lines) == len(found.ops) + len(found.modules) + len(found.notes)
     for entry, line in zip(found.ops, lines, strict=False):
         assert entry.op in line and entry.implementation in line and entry.reason in line
-    for note, line in zip(found.notes, lines[len(found.ops) :], strict=True):
+    lines = lines[len(found.ops) :]
+    for entry, line in zip(found.modules, lines, strict=False):
+        assert entry.name in line and entry.runs in line
+    for note, line in zip(found.notes, lines[len(found.modules) :], strict=True):
         assert note in line
 
 
@@ -92,9 +102,9 @@ def test_inside_a_larger_model():
     """A model found in another is reported like one that stands alone."""
     model = pair()[1]
     wrapped = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"text": model}))
-    assert bert_fast.report(wrapped).notes == ()
+    assert called(wrapped) == ["0: it is no part of an encoder"]
     model.get_submodule("encoder.layer.1.attention.self").query = Halved(32, 32)
-    (note,) = bert_fast.report(wrapped).notes
+    (_, note) = called(wrapped)
     assert f"1.text.{QUERY}" in note
 
 
@@ -175,7 +185,7 @@ def test_replaced_module(name, place):
     for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10, msg=key)
-    (note,) = bert_fast.report(ours).notes
+    (note,) = called(ours)
     assert place in note and type(ours.get_submodule(place)).__name__ in note
 
 
@@ -193,10 +203,10 @@ def test_hook(name, place, kind):
     found = loss_and_gradient(ours, name)
     assert len(fired) == 1
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    (note,) = bert_fast.report(ours).notes
+    (note,) = called(ours)
     assert place in note and "hook" in note
     handle.remove()
-    assert bert_fast.report(ours).notes == ()
+    assert called(ours) == []
 
 
 @pytest.mark.parametrize(("name", "place"), PLACES, ids=lambda value: value)
@@ -204,16 +214,16 @@ def test_forward_of_the_instance(name, place):
     """accelerate's offloading, and whoever patches one module, sets `forward` on the instance."""
     ours = pair(name, num_labels=2)[1].train()
     module = ours.get_submodule(place)
-    plain, called = module.forward, []
+    plain, times = module.forward, []
 
     def forward(*arguments):
-        called.append(len(arguments))
+        times.append(len(arguments))
         return plain(*arguments)
 
     module.forward = forward
     loss_and_gradient(ours, name)
-    assert called == [1]
-    (note,) = bert_fast.report(ours).notes
+    assert times == [1]
+    (note,) = called(ours)
     assert place in note
 
 
@@ -228,14 +238,15 @@ def test_hook_changes_the_result():
 
 
 def test_adapters():
-    """One note for LoRA's modules, and none when they are merged."""
+    """LoRA's modules are called, and read again when they are merged."""
     model = pair("BertForSequenceClassification")[1]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
-    (note,) = bert_fast.report(adapted).notes
-    assert "layer.0.attention.self.query" in note and "3 more" in note and "lora" in note
+    query, value = called(adapted)
+    for note, name in ((query, "query"), (value, "value")):
+        assert f"layer.0-1.attention.self.{name}" in note and "lora" in note
     saved = copy.deepcopy(adapted)
-    assert bert_fast.report(adapted.merge_and_unload()).notes == ()
-    assert bert_fast.report(saved.unload()).notes == ()
+    assert called(adapted.merge_and_unload()) == []
+    assert called(saved.unload()) == []
 
 
 @pytest.mark.parametrize(
