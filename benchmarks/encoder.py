@@ -16,12 +16,13 @@ import checkout  # noqa: F401
 import peers
 import torch
 import workload
-from gate import Candidate, Case, Outputs, Prepared, Work, short
+from gate import Candidate, Case, Outputs, Prepared, Work
 from torch import Tensor
 from workload import Batch, Texts
 
 import bert_fast
 from bert_fast import BertConfig, reference_model
+from bert_fast.accuracy import short
 from bert_fast.extension import load as load_extension
 from bert_fast.ops.products import cpu_library, cpu_library_times
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
+from bert_fast.accuracy import FACTOR, NOT_ZEROS, Bound, bound, errors
+
 Outputs = Mapping[str, Tensor]
-
-
-NOT_ZEROS = 0.9  # of the truth's norm: an error above it is as wrong as zeros would be
 
 
 class AbsentError(Exception):
@@ -103,25 +103,7 @@ class Candidate:
 
     name: str
     prepare: Callable[[], Prepared]
-    factor: float = 2.0
-
-
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-
-
-def short(dtype: torch.dtype) -> str:
-    """Return the dtype's name as rows have it: "bf16", "fp32"..."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-# What rounding may add to twice the baseline's error, as a share of the largest true value, and a
-# quarter of it as a share of the norm: one unit in the last place of 16 bits, 1e-5 in fp32.
-_SLACK = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
+    factor: float = FACTOR
 
 
 class RefusedError(Exception):
@@ -134,14 +116,6 @@ class RefusedError(Exception):
     def __init__(self, message: str, error: dict[str, Any] | None = None):
         super().__init__(message)
         self.error = error
-
-
-def _errors(own: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Return the largest error and the norm of the error over that of the truth."""
-    truth = truth.double()
-    error = own.to(truth.device).double() - truth
-    norm = truth.norm().item()
-    return error.abs().max().item(), error.norm().item() / norm if norm else error.norm().item()
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
@@ -157,24 +131,6 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return []
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """The baseline's errors, `top` at most and `norm` of the truth's, and what rounding may add."""
-
-    top: float
-    norm: float
-    more_top: float
-    more_norm: float
-    limit: float
-
-    def allowed(self, factor: float) -> dict[str, float]:
-        """Return what a candidate may be off by."""
-        return {
-            "max": factor * self.top + self.more_top,
-            "l2": min(factor * self.norm + self.more_norm, self.limit),
-        }
-
-
 class Gate:
     """What answers are compared with; computed once for all candidates of a case.
 
@@ -188,8 +144,7 @@ class Gate:
         self._case = case
         self._inputs = [[t.clone() for t in _tensors(inputs)] for inputs in case.inputs]
         self._truths = [case.truth(inputs) for inputs in case.inputs]
-        self._baseline: list[dict[str, _Bound]] = []
-        slack = _SLACK[case.dtype]
+        self._baseline: list[dict[str, Bound]] = []
         for inputs, truth in zip(case.inputs, self._truths, strict=True):
             baseline, bounds = case.baseline(inputs), {}
             for name, t in truth.items():
@@ -199,13 +154,11 @@ class Gate:
                     raise ValueError(f"{what}: want a baseline of shape {[*t.shape]}, got {got}")
                 if not (t.isfinite().all() and baseline[name].isfinite().all()):
                     raise ValueError(f"{what}: want finite values, got others")
-                top, norm = _errors(baseline[name], t) if t.numel() else (0.0, 0.0)
-                scale = t.abs().max().item() if t.numel() else 0.0
-                bounds[name] = _Bound(top, norm, slack * scale, slack / 4, case.limit)
-                if scale and Candidate.factor * norm >= 1:
+                found = bounds[name] = bound(baseline[name], t, case.dtype, case.limit)
+                if found.more_top and Candidate.factor * found.norm >= 1:
                     raise ValueError(
                         f"{what}: want a baseline by which zeros are wrong, got one with an error"
-                        f" of {norm:.1e} of the norm"
+                        f" of {found.norm:.1e} of the norm"
                     )
             self._baseline.append(bounds)
         if all(self._passes_as(0, i) for i in range(1, len(self._truths))):
@@ -261,16 +214,16 @@ class Gate:
                 raise RefusedError(f"{name}: want finite values, got others")
             if not t.numel():
                 continue
-            top, norm = _errors(own[name], t)
-            bound = self._baseline[i][name]
-            most = bound.allowed(factor)
+            top, norm = errors(own[name], t)
+            baseline = self._baseline[i][name]
+            most = baseline.allowed(factor)
             # a truth of zeros that is known exactly allows nothing
             over = top / most["max"] if most["max"] else 2.0 * (top > 0)
             share = max(over, norm / most["l2"])
             if not worst or share > worst["share"]:
                 worst = {
                     "own": {"max": top, "l2": norm},
-                    "baseline": {"max": bound.top, "l2": bound.norm},
+                    "baseline": {"max": baseline.top, "l2": baseline.norm},
                     "allowed": most,
                     "baseline_name": self._case.baseline_name,
                     "worst": name,

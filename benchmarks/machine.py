@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import card
+import checkout  # noqa: F401
 import torch
-from gate import DTYPES
 from record import ROOT, clean
 from timing import Samples, Stopwatch, spread
 from torch import Tensor
 from torch.nn.functional import linear
+
+from bert_fast.accuracy import DTYPES
 
 PACKAGES = (
     "torch",

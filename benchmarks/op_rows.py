@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gate import AbsentError, Candidate, Case, Gate, Prepared, Work, short
+from gate import AbsentError, Candidate, Case, Gate, Prepared, Work
 from torch import Tensor
 
 from bert_fast import ops, reference
+from bert_fast.accuracy import short
 
 SEED = 20_240_607
 SITE = 3  # of every dropout here

@@ -12,11 +12,12 @@ import onnx_bert
 import stock_bert
 import torch
 import varlen_bert
-from gate import AbsentError, Candidate, Outputs, Prepared, short
+from gate import AbsentError, Candidate, Outputs, Prepared
 from torch import Tensor
 from workload import Batch, Texts
 
 from bert_fast import BertConfig, reference_model
+from bert_fast.accuracy import short
 
 State = Mapping[str, Tensor]
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
 from encoder import FP32, Parts, config_of, forward_flops, our_notes, state_of
-from gate import Candidate, Case, Outputs, Prepared, Work, short
+from gate import Candidate, Case, Outputs, Prepared, Work
 from torch import Tensor
 from workload import PretrainingBatch
 
 import bert_fast
 from bert_fast import BertConfig, reference_model
+from bert_fast.accuracy import short
 from bert_fast.train.optim import AdamW
 
 _SEED = 4321

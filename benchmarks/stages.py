@@ -27,10 +27,12 @@ import profiles
 import proof
 import torch
 import tune
-from gate import Candidate, Case, short
+from gate import Candidate, Case
 from op_rows import DTYPES
 from record import Run
 from supervise import EXIT_LOST
+
+from bert_fast.accuracy import short
 
 _LAST_TO_COMPILE = 15.0  # seconds for what is being compiled when the time for it is over
 

@@ -9,11 +9,12 @@ import stock_bert
 import torch
 import torch.nn.functional as F  # noqa: N812
 import varlen_bert
-from gate import AbsentError, Candidate, Outputs, Prepared, short
+from gate import AbsentError, Candidate, Outputs, Prepared
 from torch import Tensor, nn
 from workload import PretrainingBatch
 
 from bert_fast import BertConfig, reference_model
+from bert_fast.accuracy import short
 
 State = Mapping[str, Tensor]
 LossOf = Callable[[PretrainingBatch], Tensor]

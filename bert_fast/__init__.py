@@ -11,7 +11,7 @@ from bert_fast.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from bert_fast.hf import accelerate, patch_transformers, register_attention, restore
+from bert_fast.hf import accelerate, patch_transformers, register_attention, restore, verify
 from bert_fast.model import BertModel
 from bert_fast.ops.kept import forget as forget_weights
 from bert_fast.ops.products import cpu_library, set_cpu_library
@@ -43,4 +43,5 @@ __all__ = [
     "report",
     "restore",
     "set_cpu_library",
+    "verify",
 ]

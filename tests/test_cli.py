@@ -15,7 +15,7 @@ from bert_fast.encode import Encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    *(["doctor"], ["encode"], ["fill-mask"]),
+    *(["doctor"], ["encode"], ["fill-mask"], ["verify"]),
     *(["convert", "from-tf"], ["convert", "to-hf"], ["convert", "legacy-names"]),
 )
 
@@ -69,6 +69,7 @@ def test_the_examples_of_the_help_work(verb, capfd, folder, request):
             "doctor": set(),
             "encode": {"vectors.npy", "vectors.parquet", "vectors.jsonl"},
             "fill-mask": set(),
+            "verify": set(),
             "from-tf": {"model"},
             "to-hf": {"converted"},
             "legacy-names": {"renamed"},

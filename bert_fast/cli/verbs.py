@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -233,6 +234,41 @@ def fill_mask(
             print_json(found, indent=None)
         else:
             print_masks(found)
+
+
+@app.command(epilog=_example("bert-fast verify model --text texts.txt"))
+def verify(
+    model: Model,
+    text: Annotated[
+        str, typer.Option("--text", metavar="FILE", help="A text a line; - is the standard input.")
+    ],
+    most: Annotated[int, typer.Option(min=1, metavar="N", help="Texts that are read.")] = 32,
+    grads: Annotated[
+        bool, typer.Option("--grads/--no-grads", help="Compare the gradients, too.")
+    ] = True,
+    device: Device = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: float32]")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare an accelerated model with its original code.
+
+    A model of transformers, that is. The texts are one batch. The exit status is 1 if an error is above what is allowed: twice the
+    original's own in that dtype, and what rounding may add.
+    """
+    from bert_fast.encode.readers import Reader
+    from bert_fast.hf.verify import VerificationError, verify_pretrained
+
+    texts = [row.text for row in islice(Reader(text), most) if row.text]
+    if not texts:
+        raise ValueError(f"{text}: want a text, got none")
+    try:
+        found = verify_pretrained(
+            model, texts, dtype=dtype and dtype.value, device=device, grads=grads
+        )
+    except VerificationError as error:
+        print(error.report)
+        raise
+    print(found)
 
 
 @convert.command(

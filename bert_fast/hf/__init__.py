@@ -2,5 +2,14 @@
 
 from bert_fast.hf.accelerate import accelerate, patch_transformers, restore
 from bert_fast.hf.attention import register_attention
+from bert_fast.hf.verify import VerificationError, VerifyReport, verify
 
-__all__ = ["accelerate", "patch_transformers", "register_attention", "restore"]
+__all__ = [
+    "VerificationError",
+    "VerifyReport",
+    "accelerate",
+    "patch_transformers",
+    "register_attention",
+    "restore",
+    "verify",
+]
