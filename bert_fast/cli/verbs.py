@@ -252,8 +252,8 @@ def verify(
 ) -> None:
     """Compare an accelerated model with its original code.
 
-    A model of transformers, that is. The texts are one batch. The exit status is 1 if an error is above what is allowed: twice the
-    original's own in that dtype, and what rounding may add.
+    A model of transformers, that is. The texts are one batch. The exit status is 1 if an error is
+    above what is allowed: twice the original's own in that dtype, and what rounding may add.
     """
     from bert_fast.encode.readers import Reader
     from bert_fast.hf.verify import VerificationError, verify_pretrained
