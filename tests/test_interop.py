@@ -380,22 +380,6 @@ def test_answers_to_questions():
     assert torch.equal(spans[1][1], spans[0][1])
 
 
-# --- what only transformers' own classes are given -----------------------------------------------
-
-
-@pytest.mark.xfail(raises=OSError, strict=True, reason="the Trainer writes no config.json")
-def test_trainer_saves_the_configuration(tmp_path):
-    _, ours = models("sequence")
-    trainer("sequence", ours, tmp_path).save_model()
-    bert_fast.BertForSequenceClassification.from_pretrained(tmp_path)
-
-
-@pytest.mark.xfail(raises=KeyError, strict=True, reason="the pipeline rebuilds outputs as dicts")
-def test_feature_extraction_of_outputs_with_names():
-    _, ours = pair(vocab_size=len(VOCABULARY))
-    transformers.pipeline("feature-extraction", model=ours, tokenizer=tokenizer())(sentences(1))
-
-
 # --- one interpreter -----------------------------------------------------------------------------
 
 THEIR_KERNELS = """
