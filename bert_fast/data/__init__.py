@@ -10,7 +10,14 @@ for epoch in range(epochs):
 
 from bert_fast.data.collate import MaskedLMCollator
 from bert_fast.data.masking import MaskingRule, mask_tokens
-from bert_fast.data.packing import pack_rows
+from bert_fast.data.packing import PackingCollator, pack_rows
 from bert_fast.data.steps import implementation
 
-__all__ = ["MaskedLMCollator", "MaskingRule", "implementation", "mask_tokens", "pack_rows"]
+__all__ = [
+    "MaskedLMCollator",
+    "MaskingRule",
+    "PackingCollator",
+    "implementation",
+    "mask_tokens",
+    "pack_rows",
+]

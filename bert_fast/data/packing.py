@@ -10,6 +10,7 @@ from torch import Tensor
 from bert_fast.data import steps
 from bert_fast.data.reference import IGNORE
 
+_LEFT_OUT = "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping"
 MOST = 2**63 - 1  # what may stand in a row without a limit of its own
 
 
@@ -81,3 +82,49 @@ def packed(cu_seqlens: np.ndarray, columns: dict[str, np.ndarray]) -> dict[str, 
     batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seqlens)
     batch["max_length_q"] = batch["max_length_k"] = steps.longest(cu_seqlens)
     return batch
+
+
+class PackingCollator:
+    """The collate_fn that packs tokenized examples into a batch without padding: fine-tuning's.
+
+    For models of this package and accelerated ones of transformers. Unlike transformers'
+    DataCollatorWithFlattening it keeps token_type_ids, so that pairs stay pairs, and every label.
+
+    Args:
+        position_ids_start: position of a sequence's first token; RoBERTa's padding id + 1.
+    """
+
+    def __init__(self, *, position_ids_start: int = 0):
+        self.position_ids_start = position_ids_start
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor | int]:
+        """Return a packed batch of the features.
+
+        Args:
+            features: of each example a dict, as a tokenizer returns it for a text or a pair:
+                input_ids and, in all or in none of them, token_type_ids, attention_mask (all 1),
+                and labels (or label, label_ids), a number or one for each token.
+
+        Returns:
+            As `pack_rows`, and labels (B,) where they are numbers.
+
+        Raises:
+            ValueError: there is padding, or an entry that has no place in a packed batch, such as
+                start_positions; rows of different lengths.
+        """
+        rows = {name: [feature[name] for feature in features] for name in features[0]}
+        for mask in rows.pop("attention_mask", ()):
+            if not np.asarray(mask).all():
+                raise ValueError("attention_mask: want examples without padding, got a 0")
+        given = [name for name in ("labels", "label", "label_ids") if name in rows]
+        labels = rows.pop(given[0]) if given else None
+        for_tokens = labels is not None and np.ndim(labels[0]) == 1
+        ids, types = rows.pop("input_ids"), rows.pop("token_type_ids", None)
+        if unknown := rows.keys() - {*_LEFT_OUT}:
+            got = ", ".join(sorted(unknown))
+            raise ValueError(f"features: want input_ids, token_type_ids and labels, got {got}")
+        batch = pack_rows(ids, types, labels if for_tokens else None)
+        batch["position_ids"] += self.position_ids_start
+        if labels is not None and not for_tokens:
+            batch["labels"] = torch.as_tensor(labels)
+        return batch

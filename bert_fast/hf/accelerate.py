@@ -37,9 +37,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
         raise TypeError(f"model: want a torch.nn.Module, got {type(model).__name__}")
     encoders = 0
     for module in _mark(model, strict):
-        owner, family = module.__dict__[MARK].owner, None
-        if families.known(owner) is not None:
-            family = families.family(owner)
+        owner = module.__dict__[MARK].owner
+        family = families.family(owner)
         if family is not None:
             encoders += 1
             reason = families.why_not(module, owner, family)
@@ -101,15 +100,21 @@ def _mark(model: nn.Module, strict: bool) -> list[nn.Module]:
             prepare(owner)
             module.__dict__[MARK] = Mark(owner, strict)
             found.append(module)
+    marks = [module.__dict__[MARK] for module in found]
+    scored = any(families.is_head(mark.owner) for mark in marks)
+    for mark in marks:
+        mark.scored = scored
     return found
 
 
 def prepare(owner: type) -> None:
     """Let instances of a class that is known be marked."""
-    if families.known(owner) is None:
-        replaceable(owner, "encode", sentences.encode)
+    if families.family(owner) is not None:
+        replaceable(owner, "forward", _model)
+    elif families.is_head(owner):
+        replaceable(owner, "forward", _head)
     else:
-        replaceable(owner, "forward", _head if families.family(owner) is None else _model)
+        replaceable(owner, "encode", sentences.encode)
 
 
 def _model(
@@ -119,7 +124,8 @@ def _model(
     given, family = to.named(args, kwargs), families.family(mark.owner)
     try:
         forward.check(self, mark.owner, family, given)
-        return forward.run(self, family, given, legacy="return_dict" in to.names)
+        how = {"legacy": "return_dict" in to.names, "scored": mark.scored}
+        return forward.run(self, family, given, **how)
     except NotImplementedError as error:
         reason = str(error)
     mark.refuse(self, reason)

@@ -128,7 +128,8 @@ def _layout(
     borders = options.get("cu_seq_lens_q")
     if borders is not None:
         return find_layout(shape, device, None, borders, options.get("max_length_q"))
-    if mask is None or torch.compiler.is_compiling():
+    # writes to a mask of inference mode would not be seen
+    if mask is None or mask.is_inference() or torch.compiler.is_compiling():
         return find_layout(shape, device, mask)
     version, layout = _layouts.get(mask, (None, None))
     if layout is None or version != mask._version:

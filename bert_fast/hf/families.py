@@ -178,14 +178,23 @@ _NAMES = {
 }
 
 
+def _name(cls: type) -> tuple[str, str] | None:
+    return _NAMES.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
 def known(cls: type) -> type | None:
     """Return the class of transformers that `cls` is or is made of, and that is known here."""
-    return next((c for c in cls.__mro__ if f"{c.__module__}.{c.__qualname__}" in _NAMES), None)
+    return next((c for c in cls.__mro__ if _name(c) is not None), None)
 
 
 def family(cls: type) -> Family | None:
-    """Return the family of a known class; None for a head."""
-    return _MODELS.get(_NAMES[f"{cls.__module__}.{cls.__qualname__}"])
+    """Return the family of a base model's class; None for another class."""
+    return _MODELS.get(_name(cls))
+
+
+def is_head(cls: type) -> bool:
+    """Return whether a class is that of a masked-LM head."""
+    return _name(cls) in _HEADS
 
 
 # --- what is asked of a model before it runs packed ----------------------------------------------

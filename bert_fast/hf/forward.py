@@ -38,7 +38,7 @@ class _Rows(NamedTuple):
 
     rows: Tensor
     batch: PackedBatch
-    version: int
+    version: int | None
 
 
 _unpacked: "WeakTensorKeyDictionary[Tensor, _Rows]" = WeakTensorKeyDictionary()
@@ -72,7 +72,14 @@ def _unsupported(given: dict[str, Any]) -> str:
     return ""
 
 
-def run(model: nn.Module, family: Family, given: dict[str, Any], legacy: bool) -> Any:
+def version_of(t: Tensor) -> int | None:
+    """Return what a write to a tensor changes; None for one of inference mode."""
+    return None if t.is_inference() else t._version
+
+
+def run(
+    model: nn.Module, family: Family, given: dict[str, Any], *, legacy: bool, scored: bool
+) -> Any:
     """Return what the model's own forward returns, with 0 at padding.
 
     Args:
@@ -80,6 +87,7 @@ def run(model: nn.Module, family: Family, given: dict[str, Any], legacy: bool) -
         family: its architecture.
         given: arguments by name, checked.
         legacy: of transformers before 5.
+        scored: whether a head follows that `score` runs.
 
     Raises:
         NotImplementedError: a row of the batch begins with padding; or an op refuses it.
@@ -112,8 +120,8 @@ def run(model: nn.Module, family: Family, given: dict[str, Any], legacy: bool) -
             hidden.append(x)
         attentions.append(probs)
     last = batch.unpack(x)
-    if not torch.compiler.is_compiling():  # tracing knows no weak tables
-        _unpacked[last] = _Rows(x, batch, last._version)
+    if scored and not torch.compiler.is_compiling():  # tracing knows no weak tables
+        _unpacked[last] = _Rows(x, batch, version_of(last))
     fields: dict[str, Any] = {"last_hidden_state": last}
     pooler = model._modules.get("pooler")
     if pooler is not None:
@@ -209,7 +217,7 @@ def score(head: nn.Module, hidden: Tensor) -> Tensor:
     Those of an accelerated model are taken as the rows that they were made of.
     """
     known = None if torch.compiler.is_compiling() else _unpacked.get(hidden)
-    if known is not None and known.version != hidden._version:
+    if known is not None and known.version != version_of(hidden):
         known = None
     x = hidden.flatten(0, -2) if known is None else known.rows
     transform = head._modules.get("transform")

@@ -26,22 +26,24 @@ class Mark:
     Attributes:
         owner: the class whose method looks for it.
         strict: raise rather than run the original code.
+        scored: whether a masked-LM head that is accelerated stands beside the instance.
         reasons: why the original code had to run, as far as it had.
     """
 
-    def __init__(self, owner: type, strict: bool):
+    def __init__(self, owner: type, strict: bool, scored: bool = False):
         """Make a mark, and have the class look for such."""
-        self.owner, self.strict = owner, strict
+        self.owner, self.strict, self.scored = owner, strict, scored
         self.reasons: set[str] = set()
         with _lock:
             _replacements[owner].live.add(self)
             _replacements[owner].install()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
-        return Mark(self.owner, self.strict)
+        return Mark(self.owner, self.strict, self.scored)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _mark, (self.owner.__module__, self.owner.__qualname__, self.strict)
+        name = self.owner.__module__, self.owner.__qualname__
+        return _mark, (*name, self.strict, self.scored)
 
     def refuse(self, module: nn.Module, reason: str) -> None:
         """Say, once, why the original code runs; or raise, if strict.
@@ -118,10 +120,10 @@ def remove_marks(module: nn.Module) -> None:
             _replacements[owner].remove()
 
 
-def _mark(module: str, name: str, strict: bool) -> Mark:
+def _mark(module: str, name: str, strict: bool, scored: bool) -> Mark:
     """Return a mark from a pickle, in a process that may not have accelerated anything yet."""
     from bert_fast.hf.accelerate import prepare
 
     owner = getattr(importlib.import_module(module), name)
     prepare(owner)
-    return Mark(owner, strict)
+    return Mark(owner, strict, scored)
