@@ -1,9 +1,9 @@
-"""Sentences to vectors: `Encoder.encode` beside sentence-transformers' own, checked and timed.
+"""Sentences to vectors: sentence-transformers' `encode` plain, accelerated, and `Encoder`'s.
 
     python benchmarks/sentences.py --model DIRECTORY [--texts FILE] [--most N] [--rounds 5]
 
-Both read the same directory and text file (a text a line, .gz too; empty lines are left out), and
-run with the defaults of both. The texts are timed in two orders.
+All are checked and timed. They read the same directory and text file (a text a line, .gz too; empty
+lines are left out), and run with their defaults. The texts are timed in two orders.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from gate import AbsentError, Candidate, Case, Outputs, Prepared, Work
 from record import Run
 from rich.console import Console
 
-from bert_fast import Encoder
+from bert_fast import Encoder, accelerate
 
 CHECKED = 64  # texts whose vectors are compared
 
@@ -82,6 +82,7 @@ def sentence_case(
     )
     return case, [
         _candidate("sentence-transformers", partial(theirs, torch.float32)),
+        _candidate("accelerated", lambda: accelerate(theirs(torch.float32))),
         _candidate("bert_fast", lambda: ours),
     ]
 

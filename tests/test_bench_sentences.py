@@ -19,7 +19,7 @@ def test_both_are_checked_and_timed(tmp_path):
     run = sentences.Run.start(tmp_path / "run.json", "sentences", "")
     sentences.harness.measure(case, candidates, run, rounds=1)
     rows = {row["candidate"]: row for row in run.data["rows"]}
-    assert set(rows) == {"sentence-transformers", "bert_fast"}
+    assert set(rows) == {"sentence-transformers", "accelerated", "bert_fast"}
     assert {row["state"] for row in rows.values()} == {"measured"}
     assert rows["bert_fast"]["rate"]["tokens_per_s"] > 0
     ours = next(c for c in candidates if c.name == "bert_fast")

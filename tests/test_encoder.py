@@ -135,12 +135,26 @@ def test_the_same_vector_in_any_batch(encoder, batch_size):
     assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 
+def test_equal_texts_are_computed_once(encoder, monkeypatch):
+    """Each has its own vector and its own rows, all the same."""
+    texts = [TEXTS[0], TEXTS[3], TEXTS[0], TEXTS[3], TEXTS[0]]
+    expected = encoder.encode([TEXTS[0], TEXTS[3]])[[0, 1, 0, 1, 0]]
+    seen, forward = [], encoder._forward
+    monkeypatch.setattr(encoder, "_forward", lambda ids: seen.extend(ids) or forward(ids))
+    assert (encoder.encode(texts) == expected).all() and len(seen) == 2
+    rows = encoder.encode(texts, output_value="token_embeddings")
+    assert len(seen) == 4 and torch.equal(rows[0], rows[4])
+    rows[0].zero_()
+    assert rows[2].any() and rows[4].any()
+
+
 def test_batches_go_by_tokens(encoder, monkeypatch):
     """None holds more than its budget, each text is in one, like lengths are together."""
     seen = []
     forward = encoder._forward
     monkeypatch.setattr(encoder, "_forward", lambda ids: seen.append(ids) or forward(ids))
-    texts = [" ".join(["sea"] * (1 + i * 7 % 50)) for i in range(100)]
+    words = ("sea", "the")  # of a token each, so that no two texts are equal
+    texts = [" ".join([words[i // 50]] * (1 + i * 7 % 50)) for i in range(100)]
     encoder.encode(texts, batch_size=2)
     lengths = [len(row) for ids in seen for row in ids]
     assert lengths == sorted((3 + i * 7 % 50 for i in range(100)), reverse=True)

@@ -29,8 +29,8 @@ class Encoder:
     """A BERT, its tokenizer, and how its rows become one vector a text.
 
     A literal "[MASK]" or "[SEP]" in a text to encode is text. Batches are packed, by tokens: texts
-    of like length meet in one, and the vector of a text is the same in any batch, within the
-    bounds of docs/numerics.md.
+    of like length meet in one, equal ones are computed once, and the vector of a text is the same
+    in any batch, within the bounds of docs/numerics.md.
 
     Args:
         model: the encoder, or a model with the masked-LM head, which `fill_mask` needs.
@@ -222,17 +222,17 @@ class Encoder:
             raise ValueError(f"batch_size: want 1 or more, got {batch_size}")
         if device is not None:
             self.to(device)
-        ids = self._tokenize(texts, self._prompt(prompt_name, prompt))
-        rows: list[Tensor | None] = [None] * len(texts)
+        ids, places = _distinct(self._tokenize(texts, self._prompt(prompt_name, prompt)))
+        rows: list[Tensor | None] = [None] * len(ids)
         vectors = torch.empty(
-            len(texts),
+            len(ids),
             self.get_sentence_embedding_dimension(),
             dtype=torch.promote_types(self.model.dtype, torch.float32),
             device=self.device if convert_to_tensor else "cpu",
         )
         normalize = self.pipeline.normalize or normalize_embeddings
         done = 0
-        with Progress(len(texts), show_progress_bar) as progress, torch.no_grad():
+        with Progress(len(ids), show_progress_bar) as progress, torch.no_grad():
             for batch in self._batches(ids, batch_size):
                 x, lengths = self._forward([ids[i] for i in batch])
                 if output_value == "token_embeddings":
@@ -242,9 +242,13 @@ class Encoder:
                     pooled = pool(x, lengths, self.pipeline.pooling, normalize)
                     vectors[batch] = pooled.to(vectors.device)
                 done += len(batch)
-                progress.update(done, done, f"{done:,} of {len(texts):,} texts")
+                progress.update(done, done, f"{done:,} of {len(ids):,} texts")
         if output_value == "token_embeddings":
+            if len(ids) < len(texts):  # to write to one must not change another
+                rows = [rows[place].clone() for place in places]
             return rows[0] if one else rows
+        if len(ids) < len(texts):
+            vectors = vectors[places]
         vectors = vectors[0] if one else vectors
         if convert_to_tensor:
             return vectors
@@ -347,3 +351,10 @@ def _pooling(pooling: str | Sequence[str]) -> tuple[str, ...]:
     if not modes or any(mode not in POOLING for mode in modes):
         raise ValueError(f"pooling: want {', '.join(POOLING)} or several of them, got {pooling!r}")
     return modes
+
+
+def _distinct(ids: list[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
+    """Return each of the rows of ids once, and which of these every row is."""
+    first: dict[bytes, int] = {}
+    places = [first.setdefault(row.tobytes(), len(first)) for row in ids]
+    return [np.frombuffer(row, dtype=np.int64) for row in first], places
