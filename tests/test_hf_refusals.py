@@ -1,0 +1,475 @@
+"""What cannot be accelerated runs its original code, to the bit, and says so once; or raises."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import transformers
+from hf_cases import BASES, LAYERS, at_real_tokens, check, form, packed, plain
+from torch import nn
+
+import bert_fast
+
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+every_base = pytest.mark.parametrize("name", BASES)
+
+
+def tensors(output):
+    return at_real_tokens(output, torch.ones(0, 0))
+
+
+def said(caught):
+    """The reasons that were given."""
+    return [str(w.message) for w in caught if "bert_fast" in str(w.message)]
+
+
+def refuses(model, inputs, reason, *, at_once=False):
+    """A model runs its original code on these inputs, and says why once; with strict it raises.
+
+    Args:
+        model: not accelerated yet.
+        inputs: of a call.
+        reason: part of what it says.
+        at_once: whether `accelerate` knows.
+    """
+    expected = tensors(model(**inputs))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert bert_fast.accelerate(model) is model
+        assert len(said(caught)) == at_once
+        with packed() as rows:
+            for _ in range(3):
+                found = tensors(model(**inputs))
+                assert [*found] == [*expected]
+                assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not rows
+    (message,) = said(caught)
+    assert reason in message and type(model).__name__.split("For")[0] in message
+    assert issubclass(next(w.category for w in caught if "bert_fast" in str(w.message)), UserWarning)
+    bert_fast.restore(model)
+    if at_once:
+        with pytest.raises(NotImplementedError, match=reason):
+            bert_fast.accelerate(model, strict=True)
+    else:
+        bert_fast.accelerate(model, strict=True)
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match=reason):
+                model(**inputs)
+    bert_fast.restore(model)
+    assert torch.equal(next(iter(tensors(model(**inputs)).values())), next(iter(expected.values())))
+
+
+def still_fast(model, inputs, real):
+    """On other inputs the model is accelerated."""
+    bert_fast.accelerate(model, strict=True)
+    with packed() as rows:
+        model(**inputs)
+    assert rows == [int(real.sum())] * LAYERS
+    bert_fast.restore(model)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "XLMRobertaModel", "ElectraModel"])
+def test_decoder(name):
+    model = plain(name, is_decoder=True)
+    inputs, _ = form(name, model)
+    refuses(model, inputs | {"use_cache": False}, "decoder", at_once=True)
+
+
+def test_cross_attention():
+    model = plain(is_decoder=True, add_cross_attention=True)
+    inputs, _ = form("BertModel", model)
+    states = {"encoder_hidden_states": torch.randn(4, 3, 32), "use_cache": False}
+    refuses(model, inputs | states, "decoder", at_once=True)
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 has absolute positions only")
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+@pytest.mark.parametrize("name", ["BertModel", "ElectraModel"])
+def test_relative_positions(name, kind):
+    model = plain(name, position_embedding_type=kind)
+    inputs, _ = form(name, model)
+    refuses(model, inputs, "relative_key", at_once=True)
+
+
+def test_encoder_in_a_model_with_a_decoder():
+    """The encoder is accelerated, its decoder is not, and says so."""
+    encoder, decoder = plain(), plain("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    inputs, real = form("BertModel", encoder)
+    inputs.pop("token_type_ids")
+    inputs["decoder_input_ids"] = torch.randint(2, 101, (4, 3))
+    expected = model(**inputs).logits
+    with pytest.warns(UserWarning, match="decoder"):
+        bert_fast.accelerate(model)
+    with packed() as rows:
+        found = model(**inputs).logits
+    assert rows == [int(real.sum())] * LAYERS
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Halved(nn.Module):
+    """Attention of somebody else's."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.original = original
+
+    def forward(self, *args, **kwargs):
+        first, *rest = self.original(*args, **kwargs)
+        return 0.5 * first, *rest
+
+
+@every_base
+def test_replaced_attention(name):
+    model = plain(name)
+    layers = model.transformer.layer if name == "DistilBertModel" else model.encoder.layer
+    if name == "DistilBertModel":
+        layers[1].attention = Halved(layers[1].attention)
+    else:
+        layers[1].attention.self = Halved(layers[1].attention.self)
+    inputs, _ = form(name, model)
+    refuses(model, inputs, "Halved", at_once=True)
+
+
+def test_attention_of_the_same_name():
+    model = plain()
+    own = model.encoder.layer[0].attention.self
+    own.__class__ = type("BertSelfAttention", (type(own),), {"forward": Halved.forward})
+    own.original = functools.partial(type(own).__mro__[1].forward, own)
+    inputs, _ = form("BertModel", model)
+    refuses(model, inputs, "BertSelfAttention", at_once=True)
+
+
+INNER = {
+    "bert": ["embeddings", "encoder", *(f"encoder.layer.1{part}" for part in (
+        "", ".attention", ".attention.self", ".attention.output", ".intermediate", ".output"
+    ))],
+    "distilbert": ["embeddings", "transformer", *(f"transformer.layer.1{part}" for part in (
+        "", ".attention", ".ffn"
+    ))],
+}  # fmt: skip
+
+
+def register(module, kind, fired):
+    """Hook a module, to note every call; and return what removes the hook."""
+    if kind == "pre":
+        return module.register_forward_pre_hook(lambda m, args: fired.append(m)).remove
+    if kind == "forward":
+        return module.register_forward_hook(lambda m, args, out: fired.append(m)).remove
+    if kind == "backward":
+        return module.register_full_backward_hook(lambda m, grad, out: fired.append(m)).remove
+    original = module.forward
+
+    def forward(*args, **kwargs):
+        fired.append(module)
+        return original(*args, **kwargs)
+
+    module.forward = forward
+    return functools.partial(delattr, module, "forward")
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward", "backward", "instance"])
+@pytest.mark.parametrize("family", INNER)
+def test_hooks_on_what_is_not_called(family, kind):
+    """Of each module between the model and its leaves; without the hook the model is fast again."""
+    name = {"bert": "BertModel", "distilbert": "DistilBertModel"}[family]
+    model = plain(name)
+    inputs, real = form(name, model)
+    for path in INNER[family]:
+        fired = []
+        remove = register(model.get_submodule(path), kind, fired)
+        refuses(model, inputs, "hooks", at_once=True)
+        assert fired or kind == "backward"
+        remove()
+        still_fast(model, inputs, real)
+
+
+def test_hook_that_comes_later():
+    """A hook is seen at the next call, and only as long as it is there."""
+    model = plain()
+    inputs, real = form("BertModel", model)
+    still_fast(model, inputs, real)
+    bert_fast.accelerate(model)
+    fired = []
+    hook = model.encoder.layer[0].register_forward_hook(lambda *_: fired.append(1))
+    with pytest.warns(UserWarning, match="hooks"), packed() as rows:
+        model(**inputs)
+    assert fired and not rows
+    hook.remove()
+    with packed() as rows:
+        model(**inputs)
+    assert len(rows) == LAYERS
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_of_all_modules(kind):
+    model, fired = plain(), []
+    inputs, real = form("BertModel", model)
+    hook = getattr(nn.modules.module, f"register_module_{kind}")(lambda m, *_: fired.append(m))
+    try:
+        refuses(model, inputs, "all modules", at_once=True)
+        assert model.encoder.layer[0].attention.self.query in fired or "backward" in kind
+    finally:
+        hook.remove()
+    still_fast(model, inputs, real)
+
+
+LEAVES = {
+    "BertForMaskedLM": ["embeddings.word_embeddings", "embeddings.position_embeddings",
+        "embeddings.token_type_embeddings", "embeddings.LayerNorm", "embeddings.dropout",
+        *(f"encoder.layer.1.{leaf}" for leaf in ("attention.self.query", "attention.self.value",
+          "attention.output.dense", "attention.output.LayerNorm", "attention.output.dropout",
+          "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
+          "output.dropout", "output.LayerNorm")),
+    ],
+    "DistilBertForMaskedLM": ["embeddings.word_embeddings", "embeddings.LayerNorm",
+        *(f"transformer.layer.1.{leaf}" for leaf in ("attention.q_lin", "attention.out_lin",
+          "sa_layer_norm", "ffn.lin1", "ffn.activation", "ffn.lin2", "ffn.dropout",
+          "output_layer_norm")),
+    ],
+    "ElectraForMaskedLM": ["embeddings_project", "encoder.layer.0.attention.self.key"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward", "backward"])
+@pytest.mark.parametrize("name", LEAVES)
+def test_hooks_on_leaves(name, kind):
+    """They do not stop acceleration: they fire, with rows (T, ...), and may change them."""
+    model = plain(name)
+    inputs, real = form(name, model, padding="holes")
+    T = int(real.sum())
+    for path in LEAVES[name]:
+        leaf, shapes = model.base_model.get_submodule(path), []
+        if kind == "pre":
+            hook = leaf.register_forward_pre_hook(lambda m, args, s=shapes: s.append(args[0].shape))
+        elif kind == "forward":
+            hook = leaf.register_forward_hook(lambda m, args, out: 1.1 * out)
+            seen = leaf.register_forward_hook(lambda m, args, out, s=shapes: s.append(out.shape))
+        elif "embeddings" in path.rpartition(".")[2]:
+            continue  # its input has no gradient
+        else:
+            hook = leaf.register_full_backward_hook(lambda m, i, o, s=shapes: s.append(o[0].shape))
+        check(model, inputs, real)
+        (_, packed_shape) = shapes
+        assert T in packed_shape[:2] and packed_shape.numel() // packed_shape[-1] in (T, 1, 4 * 11)
+        hook.remove()
+        if kind == "forward":
+            seen.remove()
+
+
+HEAD = {
+    "BertForMaskedLM": ("cls.predictions", ["transform", "transform.dense", "transform.LayerNorm",
+        "transform.transform_act_fn", "decoder"]),
+    "RobertaForMaskedLM": ("lm_head", ["dense", "layer_norm", "decoder"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["forward", "instance"])
+@pytest.mark.parametrize("name", HEAD)
+def test_hooks_in_the_head(name, kind):
+    """Wherever they are in a masked-LM head, they fire."""
+    model = plain(name)
+    inputs, real = form(name, model)
+    path, parts = HEAD[name]
+    silent = []
+    for part in ["", *parts]:
+        fired = []
+        module = model.get_submodule(f"{path}.{part}".rstrip("."))
+        remove = register(module, kind, fired)
+        expected = model(**inputs).logits
+        assert fired
+        del fired[:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bert_fast.accelerate(model)
+            found = model(**inputs).logits
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+        if not fired:
+            silent.append(part)
+        bert_fast.restore(model)
+        remove()
+    if silent == ["transform"] or (silent == [""] and kind == "instance"):
+        pytest.xfail(f"a hook on {silent} does not fire")
+    assert not silent
+
+
+@pytest.mark.xfail(raises=AttributeError, strict=True, reason="score takes it for BERT's")
+def test_replaced_transform_of_the_head():
+    model = plain("BertForMaskedLM")
+    model.cls.predictions.transform = nn.Linear(32, 32)
+    inputs, real = form("BertForMaskedLM", model)
+    expected = model(**inputs).logits
+    bert_fast.accelerate(model)
+    torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="known by its name alone")
+def test_pooler_of_the_same_name():
+    """A pooler of somebody else's gets padded states, as its original does."""
+
+    class BertPooler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.activation = nn.Linear(32, 32), nn.Tanh()
+
+        def forward(self, hidden):
+            return self.activation(self.dense(hidden.mean(1)))
+
+    model = plain()
+    model.pooler = BertPooler()
+    check(model, *form("BertModel", model, padding="none"))
+
+
+@pytest.mark.parametrize("path", ["pooler", "pooler.dense", "pooler.activation"])
+def test_hooks_on_the_pooler(path):
+    model, fired = plain(), []
+    module = model.get_submodule(path)
+    module.register_forward_hook(lambda m, args, out: fired.append(1) or 1.1 * out)
+    check(model, *form("BertModel", model))
+    assert len(fired) == 2
+
+
+# --- what it is given ----------------------------------------------------------------------------
+
+_mask = torch.ones(4, 11).tril(7).bool()
+GIVEN = {
+    "4-D mask": ({"attention_mask": _mask[:, None, None].expand(4, 1, 11, 11)}, "attention_mask"),
+    "starts with padding": ({"attention_mask": _mask.flip(1).long()}, "begins with padding"),
+    "some hidden states": ({"output_hidden_states": 1}, "some of the hidden states"),
+    "listed hidden states": ({"output_hidden_states": [0, -1]}, "some of the hidden states"),
+    "another argument": ({"purpose": 3}, "purpose"),
+    "another tensor": ({"purpose": torch.ones(3)}, "purpose"),
+    "encoder's states": (
+        {"encoder_hidden_states": torch.randn(4, 11, 32)}, "encoder_hidden_states"
+    ),
+}  # fmt: skip
+FAULTS = {
+    "another tensor": (RuntimeError, "`value not in (None, False)` compares a tensor"),
+    "encoder's states": (RuntimeError, "`value not in (None, False)` compares a tensor"),
+}
+
+
+def marked(key):
+    if key not in FAULTS:
+        return key
+    error, reason = FAULTS[key]
+    return pytest.param(key, marks=pytest.mark.xfail(raises=error, strict=True, reason=reason))
+
+
+@pytest.mark.parametrize("key", map(marked, GIVEN))
+@pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification", "RobertaModel"])
+def test_what_it_is_given(name, key):
+    if not V5 and key in ("4-D mask", "another argument", "another tensor"):
+        pytest.skip("transformers 4 refuses it")
+    model = plain(name)
+    inputs, real = form(name, model)
+    given, reason = GIVEN[key]
+    refuses(model, inputs | given, reason)
+    still_fast(model, inputs, real)
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 takes no mask (B, L, L)")
+def test_mask_by_query_and_key():
+    model = plain()
+    inputs, _ = form("BertModel", model)
+    refuses(model, inputs | {"attention_mask": _mask[:, None].expand(4, 11, 11)}, "attention_mask")
+
+
+def test_past_keys():
+    """A cache without a place for it: what the original makes of it, if it takes it."""
+    model = plain()
+    inputs, _ = form("BertModel", model, padding="none")
+    bert_fast.accelerate(model, strict=True)
+    with pytest.raises(NotImplementedError, match="past_key_values"):
+        model(**inputs, past_key_values=transformers.DynamicCache())
+
+
+def test_two_reasons():
+    """Each is said once."""
+    model = bert_fast.accelerate(plain())
+    inputs, _ = form("BertModel", model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for key in ("starts with padding", "some hidden states"):
+                model(**inputs | GIVEN[key][0])
+    assert len(said(caught)) == 2
+
+
+def test_what_the_original_refuses():
+    """Neither of two inputs, or both: its own error."""
+    model = bert_fast.accelerate(plain())
+    inputs, _ = form("BertModel", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="input_ids"):
+            model(**inputs, inputs_embeds=torch.randn(4, 11, 32))
+        with pytest.raises(ValueError, match="input_ids"):
+            model()
+
+
+def test_meta_device():
+    model = plain().to("meta")
+    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    bert_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="meta"):
+        assert model(ids).last_hidden_state.shape == (2, 3, 32)
+    bert_fast.accelerate(model, strict=True)
+    with pytest.raises(NotImplementedError, match="meta"):
+        model(ids)
+
+
+def test_export():
+    """What is exported is the original, without an op of ours in it."""
+    model = plain()
+    inputs, _ = form("BertModel", model, padding="none")
+    expected = model(**inputs).last_hidden_state
+    bert_fast.accelerate(model)
+    exported = torch.export.export(model, (), inputs)
+    assert not [node for node in exported.graph.nodes if "bert_fast" in str(node.target)]
+    torch.testing.assert_close(exported.module()(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing():
+    model = plain(return_dict=False)
+    ids = torch.randint(2, 101, (2, 5))
+    expected = model(ids)[0]
+    bert_fast.accelerate(model)
+    with packed() as rows, pytest.warns(UserWarning, match="exported"):
+        traced = torch.jit.trace(model, ids, check_trace=False, strict=False)
+    assert not rows
+    torch.testing.assert_close(traced(ids)[0], expected)
+
+
+# --- nothing to accelerate -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ReLU()], ids=lambda m: type(m).__name__)
+def test_nothing_to_accelerate(model):
+    before = dict(vars(model))
+    with pytest.warns(UserWarning, match="nothing is accelerated"):
+        assert bert_fast.accelerate(model) is model
+    with pytest.raises(NotImplementedError, match="nothing is accelerated"):
+        bert_fast.accelerate(model, strict=True)
+    assert bert_fast.restore(model) is model and vars(model) == before
+
+
+@pytest.mark.parametrize("model", [None, "BertModel", transformers.BertModel])
+def test_no_module(model):
+    with pytest.raises(TypeError, match="Module"):
+        bert_fast.accelerate(model)
+
+
+@pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the marks stay")
+def test_a_refused_model_is_left_alone():
+    """`accelerate` that raises has changed nothing: the model still runs."""
+    model = plain(is_decoder=True)
+    inputs, _ = form("BertModel", model)
+    with pytest.raises(NotImplementedError):
+        bert_fast.accelerate(model, strict=True)
+    model(**inputs)
