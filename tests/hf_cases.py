@@ -1,7 +1,8 @@
 """transformers' encoders of five families, plain and accelerated, on the same input."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -177,3 +178,21 @@ def check(model, inputs: dict, real: torch.Tensor, layers: int = LAYERS) -> dict
     different = outside(found, expected)
     assert not different, different
     return found
+
+
+def register(module: torch.nn.Module, kind: str, fired: list) -> Callable[[], None]:
+    """Hook a module, so that it is noted in `fired` at every call; return what removes the hook."""
+    if kind == "pre":
+        return module.register_forward_pre_hook(lambda m, args: fired.append(m)).remove
+    if kind == "forward":
+        return module.register_forward_hook(lambda m, args, out: fired.append(m)).remove
+    if kind == "backward":
+        return module.register_full_backward_hook(lambda m, grad, out: fired.append(m)).remove
+    original = module.forward
+
+    def forward(*args, **kwargs):
+        fired.append(module)
+        return original(*args, **kwargs)
+
+    module.forward = forward
+    return functools.partial(delattr, module, "forward")

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from hf_cases import BASES, LAYERS, at_real_tokens, check, form, packed, plain
+from hf_cases import BASES, LAYERS, at_real_tokens, form, packed, plain, register
 from torch import nn
 
 import bert_fast
@@ -46,7 +46,9 @@ def refuses(model, inputs, reason, *, at_once=False):
     assert not rows
     (message,) = said(caught)
     assert reason in message and type(model).__name__.split("For")[0] in message
-    assert issubclass(next(w.category for w in caught if "bert_fast" in str(w.message)), UserWarning)
+    assert issubclass(
+        next(w.category for w in caught if "bert_fast" in str(w.message)), UserWarning
+    )
     bert_fast.restore(model)
     if at_once:
         with pytest.raises(NotImplementedError, match=reason):
@@ -154,24 +156,6 @@ INNER = {
 }  # fmt: skip
 
 
-def register(module, kind, fired):
-    """Hook a module, to note every call; and return what removes the hook."""
-    if kind == "pre":
-        return module.register_forward_pre_hook(lambda m, args: fired.append(m)).remove
-    if kind == "forward":
-        return module.register_forward_hook(lambda m, args, out: fired.append(m)).remove
-    if kind == "backward":
-        return module.register_full_backward_hook(lambda m, grad, out: fired.append(m)).remove
-    original = module.forward
-
-    def forward(*args, **kwargs):
-        fired.append(module)
-        return original(*args, **kwargs)
-
-    module.forward = forward
-    return functools.partial(delattr, module, "forward")
-
-
 @pytest.mark.parametrize("kind", ["pre", "forward", "backward", "instance"])
 @pytest.mark.parametrize("family", INNER)
 def test_hooks_on_what_is_not_called(family, kind):
@@ -218,121 +202,6 @@ def test_hooks_of_all_modules(kind):
     still_fast(model, inputs, real)
 
 
-LEAVES = {
-    "BertForMaskedLM": ["embeddings.word_embeddings", "embeddings.position_embeddings",
-        "embeddings.token_type_embeddings", "embeddings.LayerNorm", "embeddings.dropout",
-        *(f"encoder.layer.1.{leaf}" for leaf in ("attention.self.query", "attention.self.value",
-          "attention.output.dense", "attention.output.LayerNorm", "attention.output.dropout",
-          "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
-          "output.dropout", "output.LayerNorm")),
-    ],
-    "DistilBertForMaskedLM": ["embeddings.word_embeddings", "embeddings.LayerNorm",
-        *(f"transformer.layer.1.{leaf}" for leaf in ("attention.q_lin", "attention.out_lin",
-          "sa_layer_norm", "ffn.lin1", "ffn.activation", "ffn.lin2", "ffn.dropout",
-          "output_layer_norm")),
-    ],
-    "ElectraForMaskedLM": ["embeddings_project", "encoder.layer.0.attention.self.key"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["pre", "forward", "backward"])
-@pytest.mark.parametrize("name", LEAVES)
-def test_hooks_on_leaves(name, kind):
-    """They do not stop acceleration: they fire, with rows (T, ...), and may change them."""
-    model = plain(name)
-    inputs, real = form(name, model, padding="holes")
-    T = int(real.sum())
-    for path in LEAVES[name]:
-        leaf, shapes = model.base_model.get_submodule(path), []
-        if kind == "pre":
-            hook = leaf.register_forward_pre_hook(lambda m, args, s=shapes: s.append(args[0].shape))
-        elif kind == "forward":
-            hook = leaf.register_forward_hook(lambda m, args, out: 1.1 * out)
-            seen = leaf.register_forward_hook(lambda m, args, out, s=shapes: s.append(out.shape))
-        elif "embeddings" in path.rpartition(".")[2]:
-            continue  # its input has no gradient
-        else:
-            hook = leaf.register_full_backward_hook(lambda m, i, o, s=shapes: s.append(o[0].shape))
-        check(model, inputs, real)
-        (_, packed_shape) = shapes
-        assert T in packed_shape[:2] and packed_shape.numel() // packed_shape[-1] in (T, 1, 4 * 11)
-        hook.remove()
-        if kind == "forward":
-            seen.remove()
-
-
-HEAD = {
-    "BertForMaskedLM": ("cls.predictions", ["transform", "transform.dense", "transform.LayerNorm",
-        "transform.transform_act_fn", "decoder"]),
-    "RobertaForMaskedLM": ("lm_head", ["dense", "layer_norm", "decoder"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["forward", "instance"])
-@pytest.mark.parametrize("name", HEAD)
-def test_hooks_in_the_head(name, kind):
-    """Wherever they are in a masked-LM head, they fire."""
-    model = plain(name)
-    inputs, real = form(name, model)
-    path, parts = HEAD[name]
-    silent = []
-    for part in ["", *parts]:
-        fired = []
-        module = model.get_submodule(f"{path}.{part}".rstrip("."))
-        remove = register(module, kind, fired)
-        expected = model(**inputs).logits
-        assert fired
-        del fired[:]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            bert_fast.accelerate(model)
-            found = model(**inputs).logits
-        torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
-        if not fired:
-            silent.append(part)
-        bert_fast.restore(model)
-        remove()
-    if silent == ["transform"] or (silent == [""] and kind == "instance"):
-        pytest.xfail(f"a hook on {silent} does not fire")
-    assert not silent
-
-
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="score takes it for BERT's")
-def test_replaced_transform_of_the_head():
-    model = plain("BertForMaskedLM")
-    model.cls.predictions.transform = nn.Linear(32, 32)
-    inputs, real = form("BertForMaskedLM", model)
-    expected = model(**inputs).logits
-    bert_fast.accelerate(model)
-    torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="known by its name alone")
-def test_pooler_of_the_same_name():
-    """A pooler of somebody else's gets padded states, as its original does."""
-
-    class BertPooler(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.dense, self.activation = nn.Linear(32, 32), nn.Tanh()
-
-        def forward(self, hidden):
-            return self.activation(self.dense(hidden.mean(1)))
-
-    model = plain()
-    model.pooler = BertPooler()
-    check(model, *form("BertModel", model, padding="none"))
-
-
-@pytest.mark.parametrize("path", ["pooler", "pooler.dense", "pooler.activation"])
-def test_hooks_on_the_pooler(path):
-    model, fired = plain(), []
-    module = model.get_submodule(path)
-    module.register_forward_hook(lambda m, args, out: fired.append(1) or 1.1 * out)
-    check(model, *form("BertModel", model))
-    assert len(fired) == 2
-
-
 # --- what it is given ----------------------------------------------------------------------------
 
 _mask = torch.ones(4, 11).tril(7).bool()
@@ -360,7 +229,7 @@ def marked(key):
     return pytest.param(key, marks=pytest.mark.xfail(raises=error, strict=True, reason=reason))
 
 
-@pytest.mark.parametrize("key", map(marked, GIVEN))
+@pytest.mark.parametrize("key", [*map(marked, GIVEN)])
 @pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification", "RobertaModel"])
 def test_what_it_is_given(name, key):
     if not V5 and key in ("4-D mask", "another argument", "another tensor"):

@@ -1,0 +1,148 @@
+"""torch.compile takes accelerated models, and what it makes runs packed."""
+
+import pytest
+import torch
+import torch._dynamo
+from against_transformers import largest, outside
+from functorch.compile import make_boxed_func
+from hf_cases import at_real_tokens, form, labels, measured, plain
+from torch._dynamo.backends.common import aot_autograd
+
+import bert_fast
+
+NAMES = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "RobertaForTokenClassification",
+    "DistilBertForQuestionAnswering",
+    "ElectraModel",
+)
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def recording(ops):
+    """A backend that keeps the names of each forward graph's ops."""
+
+    def forward(graph, inputs):
+        ops.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    def backward(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)
+
+
+def fast_ops(graphs):
+    """How many attentions of ours there are in all graphs."""
+    return sum(op == "bert_fast.attention.default" for graph in graphs for op in graph)
+
+
+@pytest.mark.parametrize("padding", ["right", "none"])
+@every_name
+def test_one_graph(name, padding):
+    """Outputs and gradients are those of the original; there is one graph."""
+    model = plain(name, num_hidden_layers=1)
+    inputs, real = form(name, model, padding=padding)
+    if padding == "none" or "Question" not in name:
+        inputs |= labels(name, model, real)
+    expected = measured(model, inputs, real)
+    bert_fast.accelerate(model, strict=True)
+    graphs = []
+    model.compile(fullgraph=True, backend=recording(graphs))
+    found = measured(model, inputs, real)
+    assert len(graphs) == 1 and fast_ops(graphs) == 1
+    assert [*found] == [*expected] and outside(found, expected) == {}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+def test_without_gradients(context):
+    model = plain("BertForMaskedLM", num_hidden_layers=1)
+    inputs, real = form("BertForMaskedLM", model)
+    graphs = []
+    with context():
+        expected = at_real_tokens(model(**inputs), real)
+        bert_fast.accelerate(model, strict=True)
+        call = torch.compile(model, fullgraph=True, backend=recording(graphs))
+        assert outside(at_real_tokens(call(**inputs), real), expected) == {}
+    assert fast_ops(graphs) == 1
+
+
+def test_outputs_asked_for():
+    model = plain("BertModel", num_hidden_layers=1)
+    inputs, real = form("BertModel", model)
+    inputs["output_hidden_states"] = True
+    expected = measured(model, inputs, real)
+    bert_fast.accelerate(model, strict=True)
+    graphs = []
+    model.compile(backend=recording(graphs))
+    assert outside(measured(model, inputs, real), expected) == {} and fast_ops(graphs) == 1
+
+
+def test_dynamic_shapes():
+    """Batches of other sizes do not compile again."""
+    model = plain("BertForMaskedLM", num_hidden_layers=1)
+    batches = [
+        form("BertForMaskedLM", model, B=B, L=L) for B, L in ((3, 7), (4, 9), (5, 12), (2, 15))
+    ]
+    expected = [measured(model, *one) for one in batches]
+    bert_fast.accelerate(model, strict=True)
+    graphs = []
+    model.compile(fullgraph=True, dynamic=True, backend=recording(graphs))
+    for one, want in zip(batches, expected, strict=True):
+        assert outside(measured(model, *one), want) == {}
+    assert len(graphs) == 1 and fast_ops(graphs) == 1
+
+
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="no guard sees the class' method")
+def test_accelerated_and_restored_while_compiled():
+    """The compiled model follows."""
+    model = plain("BertModel", num_hidden_layers=1)
+    inputs, real = form("BertModel", model)
+    graphs = []
+    model.compile(backend=recording(graphs))
+    counts = []
+    expected = measured(model, inputs, real)
+    for change in (bert_fast.accelerate, bert_fast.restore):
+        change(model)
+        assert outside(measured(model, inputs, real), expected) == {}
+        counts.append(fast_ops(graphs))
+        del graphs[:]
+    assert counts == [1, 0]
+
+
+def test_refused():
+    """What cannot be accelerated is compiled as it is."""
+    model = plain("BertModel", num_hidden_layers=1)
+    inputs, _ = form("BertModel", model, padding="none")
+    inputs["attention_mask"] = torch.ones(4, 1, 11, 11).tril().bool()
+    expected = model(**inputs).last_hidden_state
+    bert_fast.accelerate(model)
+    graphs = []
+    model.compile(backend=recording(graphs))
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert graphs and fast_ops(graphs) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("padding", ["right", "none"])
+def test_inductor(padding):
+    """The default backend, where a C++ compiler works."""
+    model = plain("BertForMaskedLM", num_hidden_layers=1)
+    inputs, real = form("BertForMaskedLM", model, padding=padding)
+    inputs |= labels("BertForMaskedLM", model, real)
+    expected = measured(model, inputs, real)
+    bert_fast.accelerate(model, strict=True)
+    model.compile(fullgraph=True)
+    try:
+        found = measured(model, inputs, real)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"no C++ compiler: {error}"[:200])
+    assert outside(found, expected) == {} and largest(found["logits"]) > 0
