@@ -146,6 +146,32 @@ def test_attention_of_the_same_name():
     refuses(model, inputs, "BertSelfAttention", at_once=True)
 
 
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="the configuration is not asked")
+@pytest.mark.skipif(not V5, reason="transformers 4 has no such attention of BERT")
+def test_attention_by_a_name_of_ones_own():
+    """An attention that somebody registered computes something else."""
+
+    def halved(module, query, key, value, mask, **options):
+        return 0.5 * value.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("halved", halved)
+    model = plain()
+    model.set_attn_implementation("halved")
+    inputs, _ = form("BertModel", model, padding="none")
+    refuses(model, inputs, "halved", at_once=True)
+
+
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="classes are known by name alone")
+def test_forward_of_a_class_replaced(monkeypatch):
+    """By a program that patches transformers too."""
+    model = plain()
+    inputs, _ = form("BertModel", model)
+    cls = type(model.encoder.layer[0].intermediate)
+    original = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: 0.5 * original(self, x))
+    refuses(model, inputs, "forward", at_once=True)
+
+
 INNER = {
     "bert": ["embeddings", "encoder", *(f"encoder.layer.1{part}" for part in (
         "", ".attention", ".attention.self", ".attention.output", ".intermediate", ".output"
