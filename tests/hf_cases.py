@@ -30,6 +30,7 @@ MODELS = {  # class: its family
 }
 BASES = tuple(f"{family}Model" for family in FAMILIES)
 LAYERS = 2
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
 _SIZES = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -68,6 +69,8 @@ def plain(
     """transformers' model with perturbed weights, the same at each call, in eval mode."""
     torch.manual_seed(5)
     cls = getattr(transformers, name)
+    if not cls._supports_sdpa:  # ELECTRA's of transformers 4
+        attention = "eager"
     made = cls._from_config(config(name, **fields), attn_implementation=attention)
     return perturb(made).to(dtype).eval()
 

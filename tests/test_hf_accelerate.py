@@ -13,6 +13,7 @@ from hf_cases import (
     BASES,
     LAYERS,
     MODELS,
+    V5,
     at_real_tokens,
     check,
     form,
@@ -72,6 +73,8 @@ def same_bits(one, two):
 def test_equals_its_original(name, key):
     if (name, key) == ("DistilBertForMultipleChoice", "positions"):
         pytest.skip("the original takes no positions by choice")
+    if key == "positions" and name.startswith("DistilBert") and not V5:
+        pytest.skip("the original takes no positions")
     model = plain(name)
     inputs, real = given(name, model, key)
     found = check(model, inputs, real)
@@ -228,6 +231,8 @@ def test_arguments_by_position():
 @pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification", "ElectraModel"])
 def test_packed_inputs(name):
     """As the flattening collator makes them: each text as if it were alone."""
+    if name == "BertForTokenClassification" and not V5:
+        pytest.skip("the original's head does not hand them on")
     model = plain(name)
     texts = [torch.randint(2, 101, (1, length)) for length in (5, 1, 9)]
     expected = torch.cat([model(text)[0][0] for text in texts])
@@ -241,29 +246,12 @@ def test_packed_inputs(name):
     assert outside({"": found[0]}, {"": expected}) == {}
 
 
-CONTEXTS = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-}
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        "no_grad",
-        pytest.param(
-            "inference_mode",
-            marks=pytest.mark.xfail(
-                raises=RuntimeError, strict=True, reason="run reads the version of its output"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
 @every_class
 def test_without_gradients(name, context):
     model = plain(name)
     inputs, real = form(name, model)
-    with CONTEXTS[context]():
+    with context():
         expected = at_real_tokens(model(**inputs), real)
         bert_fast.accelerate(model, strict=True)
         for _ in range(3):  # what is made of weights is kept from the second time on

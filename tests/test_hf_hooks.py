@@ -122,3 +122,23 @@ def test_hooks_on_the_pooler(path):
     module.register_forward_hook(lambda m, args, out: fired.append(1) or 1.1 * out)
     check(model, *form("BertModel", model))
     assert len(fired) == 2
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "BertForPreTraining"])
+def test_output_changed_on_its_way_to_the_head(name, how):
+    """A hook on the base model, which writes into its hidden states or returns others."""
+    model = plain(name)
+
+    def change(module, args, output):
+        hidden = output[0]
+        if how == "written":
+            hidden.mul_(2)
+        else:
+            output["last_hidden_state"] = 2 * hidden
+
+    without = model(**(inputs := form(name, model)[0]))[0]
+    model.base_model.register_forward_hook(change)
+    real = inputs["attention_mask"].bool()
+    found = check(model, inputs, real)
+    assert not torch.allclose(next(iter(found.values())), without[real], atol=1e-2)

@@ -6,12 +6,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from hf_cases import BASES, LAYERS, at_real_tokens, form, packed, plain, register
+from hf_cases import BASES, LAYERS, V5, at_real_tokens, form, packed, plain, register
 from torch import nn
 
 import bert_fast
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
 every_base = pytest.mark.parametrize("name", BASES)
 
 
@@ -260,6 +259,8 @@ def marked(key):
 def test_what_it_is_given(name, key):
     if not V5 and key in ("4-D mask", "another argument", "another tensor"):
         pytest.skip("transformers 4 refuses it")
+    if not V5 and key == "encoder's states" and "For" in name:
+        pytest.skip("the original's head does not hand them on")
     model = plain(name)
     inputs, real = form(name, model)
     given, reason = GIVEN[key]
@@ -310,12 +311,13 @@ def test_what_the_original_refuses():
 def test_meta_device():
     model = plain().to("meta")
     ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    mask = None if V5 else torch.ones_like(ids)  # each looks for padding where the other does not
     bert_fast.accelerate(model)
     with pytest.warns(UserWarning, match="meta"):
-        assert model(ids).last_hidden_state.shape == (2, 3, 32)
+        assert model(ids, mask).last_hidden_state.shape == (2, 3, 32)
     bert_fast.accelerate(model, strict=True)
     with pytest.raises(NotImplementedError, match="meta"):
-        model(ids)
+        model(ids, mask)
 
 
 def test_export():
