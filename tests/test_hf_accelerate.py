@@ -192,7 +192,6 @@ def test_activations(name, act):
     check(model, *form(name, model))
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="known by its name alone")
 @pytest.mark.parametrize("kind", ["ReLU", "GELUActivation"])
 def test_activation_of_the_same_name(kind):
     """A class of somebody else's is called, whatever its name."""

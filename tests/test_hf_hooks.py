@@ -88,7 +88,6 @@ def test_hooks_in_the_head(name, kind):
     assert not silent
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True, reason="score takes it for BERT's")
 def test_replaced_transform_of_the_head():
     model = plain("BertForMaskedLM")
     model.cls.predictions.transform = nn.Linear(32, 32)
@@ -98,7 +97,6 @@ def test_replaced_transform_of_the_head():
     torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="known by its name alone")
 def test_pooler_of_the_same_name():
     """A pooler of somebody else's gets padded states, as its original does."""
 

@@ -1,15 +1,21 @@
 """One line makes a model of transformers fast, and one undoes it."""
 
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bert_fast.hf import families, forward, sentences
 from bert_fast.hf.marks import MARK, Mark, Replacement, remove_marks, replaceable
+
+_lock = threading.Lock()
+_blocks: list[bool] = []  # of patch_transformers that are entered: whether each is strict
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
@@ -36,19 +42,24 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: want a torch.nn.Module, got {type(model).__name__}")
     encoders = 0
-    for module in _mark(model, strict):
-        owner = module.__dict__[MARK].owner
-        family = families.family(owner)
-        if family is not None:
-            encoders += 1
-            reason = families.why_not(module, owner, family)
-            if reason:
-                module.__dict__[MARK].refuse(module, reason)
-    if not encoders:
-        reason = f"{type(model).__name__} holds no BERT of transformers: nothing is accelerated"
-        if strict:
-            raise NotImplementedError(reason)
-        warnings.warn(f"bert_fast: {reason}", stacklevel=2)
+    try:
+        for module in _mark(model, strict):
+            mark = module.__dict__[MARK]
+            family = families.family(mark.owner)
+            if family is not None:
+                encoders += 1
+                reason = families.why_not(module, mark.owner, family)
+                if reason:
+                    mark.refuse(module, reason)
+        if not encoders:
+            reason = f"{type(model).__name__} holds no BERT of transformers: nothing is accelerated"
+            if strict:
+                raise NotImplementedError(reason)
+            warnings.warn(f"bert_fast: {reason}", stacklevel=2)
+    except NotImplementedError:
+        remove_marks(model)
+        raise
+    _compile_again()
     return model
 
 
@@ -62,7 +73,14 @@ def restore(model: nn.Module) -> nn.Module:
         The same model.
     """
     remove_marks(model)
+    _compile_again()
     return model
+
+
+def _compile_again() -> None:
+    """Drop what is compiled: it looks for no mark any more."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @contextmanager
@@ -77,18 +95,25 @@ def patch_transformers(*, strict: bool = False) -> Iterator[None]:
     """
     from transformers import PreTrainedModel
 
-    original = PreTrainedModel.post_init
+    with _lock:
+        if not _blocks:
+            original = PreTrainedModel.post_init
 
-    @wraps(original)
-    def post_init(self: Any) -> None:
-        original(self)
-        _mark(self, strict)
+            @wraps(original)
+            def post_init(self: Any) -> None:
+                original(self)
+                if _blocks:
+                    _mark(self, _blocks[-1])
 
-    PreTrainedModel.post_init = post_init
+            PreTrainedModel.post_init = post_init
+        _blocks.append(strict)
     try:
         yield
     finally:
-        PreTrainedModel.post_init = original
+        with _lock:
+            _blocks.remove(strict)
+            if not _blocks:
+                PreTrainedModel.post_init = PreTrainedModel.post_init.__wrapped__
 
 
 def _mark(model: nn.Module, strict: bool) -> list[nn.Module]:
@@ -121,11 +146,11 @@ def _model(
     self: nn.Module, mark: Mark, to: Replacement, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What an accelerated base model runs."""
-    given, family = to.named(args, kwargs), families.family(mark.owner)
+    given = to.named(args, kwargs)
     try:
-        forward.check(self, mark.owner, family, given)
+        forward.check(self, mark.owner, given)
         how = {"legacy": "return_dict" in to.names, "scored": mark.scored}
-        return forward.run(self, family, given, **how)
+        return forward.run(self, mark.owner, given, **how)
     except NotImplementedError as error:
         reason = str(error)
     mark.refuse(self, reason)
@@ -137,7 +162,7 @@ def _head(
 ) -> Tensor:
     """What an accelerated masked-LM head runs."""
     try:
-        return forward.score(self, args[0] if args else kwargs[to.names[0]])
+        return forward.score(self, mark.owner, args[0] if args else kwargs[to.names[0]])
     except NotImplementedError as error:
         reason = str(error)
     mark.refuse(self, reason)

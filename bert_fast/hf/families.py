@@ -4,6 +4,8 @@ An encoder runs packed only while the modules between the model and its projecti
 transformers' own, without a hook of a user's, who would find rows where padded batches were.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,13 +20,14 @@ _RECORDER = "transformers.utils.output_capturing"  # its hooks do nothing unless
 _ACTIVATIONS = {
     name: functional.Activation(ours)
     for name, ours in {
-        "GELUActivation": "gelu",
-        "NewGELUActivation": "gelu_new",
-        "GELUTanh": "gelu_pytorch_tanh",
-        "ReLU": "relu",
+        "transformers.activations.GELUActivation": "gelu",
+        "transformers.activations.NewGELUActivation": "gelu_new",
+        "transformers.activations.GELUTanh": "gelu_pytorch_tanh",
+        "torch.nn.modules.activation.ReLU": "relu",
     }.items()
 }
-GELU = _ACTIVATIONS["GELUActivation"]
+GELU = _ACTIVATIONS["transformers.activations.GELUActivation"]
+_ATTENTIONS = "eager", "sdpa", "flash", "flex", "bert_fast"  # what compute the same
 
 
 class Layer(NamedTuple):
@@ -72,7 +75,7 @@ class Family(NamedTuple):
 
 def activation(module: nn.Module) -> nn.Module:
     """Return the Activation that does what transformers' module does; itself if none does."""
-    ours = _ACTIVATIONS.get(type(module).__name__)
+    ours = _ACTIVATIONS.get(_full_name(type(module)))
     return module if ours is None or not functional.is_plain(module, type(module)) else ours
 
 
@@ -178,8 +181,12 @@ _NAMES = {
 }
 
 
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _name(cls: type) -> tuple[str, str] | None:
-    return _NAMES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return _NAMES.get(_full_name(cls))
 
 
 def known(cls: type) -> type | None:
@@ -209,20 +216,55 @@ def why_not(model: nn.Module, cls: type, family: Family) -> str:
         return "its attention is causal"
     if getattr(config, "position_embedding_type", None) not in ("absolute", None):
         return f"its positions are {config.position_embedding_type}"
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if not any(known in attention for known in _ATTENTIONS):
+        return f"its attention is {attention}"
     for module, names in family.between(model, family.prefix):
-        kind = type(module)
-        if kind.__name__ not in names or kind.__module__ != cls.__module__:
-            return f"a {kind.__module__}.{kind.__qualname__} stands where want {names[0]}"
-        if functional.is_watched(module) or _has_hooks(module):
-            return f"a {names[0]} has hooks or a forward of its own"
+        reason = not_own(module, names, cls.__module__)
+        if reason:
+            return reason
     if nn.modules.module._has_any_global_hook():
         return "hooks are registered for all modules"
+    if "peft" in sys.modules and _goes_by_rows(model):
+        return "adapters are chosen for each row of the batch"
     return ""
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def not_own(module: nn.Module, names: tuple[str, ...], source: str) -> str:
+    """Return why a module is not just what its class in transformers is; empty: it is.
+
+    Args:
+        module: one that is not to be called.
+        names: of the classes it may have.
+        source: the module of transformers that defines them.
+    """
+    kind = type(module)
+    if kind.__name__ not in names or kind.__module__ != source:
+        return f"a {_full_name(kind)} stands where want {names[0]}"
+    compiling = torch.compiler.is_compiling()  # what it traces it cannot look at
+    if not compiling and _file(kind.forward) != sys.modules[source].__file__:
+        return f"the forward of {names[0]} is not transformers'"
     hooks = module._forward_hooks
-    return bool(hooks) and any(hook.__module__ != _RECORDER for hook in hooks.values())
+    if functional.is_watched(module) or any(h.__module__ != _RECORDER for h in hooks.values()):
+        return f"a {names[0]} has hooks or a forward of its own"
+    return ""
+
+
+_files: dict[Callable, str] = {}
+
+
+def _file(method: Callable) -> str:
+    """Return the file that a method comes from."""
+    if method not in _files:
+        code = getattr(inspect.unwrap(method), "__code__", None)
+        _files[method] = getattr(code, "co_filename", "")
+    return _files[method]
+
+
+def _goes_by_rows(model: nn.Module) -> bool:
+    """Return whether PEFT's adapters are told which row of the batch is whose."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in (getattr(hook, "keywords", None) or ()) for hook in hooks)
 
 
 def positions_after_padding(

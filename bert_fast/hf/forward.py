@@ -44,9 +44,9 @@ class _Rows(NamedTuple):
 _unpacked: "WeakTensorKeyDictionary[Tensor, _Rows]" = WeakTensorKeyDictionary()
 
 
-def check(model: nn.Module, cls: type, family: Family, given: dict[str, Any]) -> None:
+def check(model: nn.Module, cls: type, given: dict[str, Any]) -> None:
     """Raise NotImplementedError if a model has to run its original code on what is given."""
-    reason = families.why_not(model, cls, family) or _unsupported(given)
+    reason = families.why_not(model, cls, families.family(cls)) or _unsupported(given)
     if reason:
         raise NotImplementedError(reason)
 
@@ -54,7 +54,11 @@ def check(model: nn.Module, cls: type, family: Family, given: dict[str, Any]) ->
 def _unsupported(given: dict[str, Any]) -> str:
     """Return why packed rows cannot do what is asked; empty: they can."""
     for name, value in given.items():
-        if name not in _TAKEN and name not in _WITHOUT_EFFECT and value not in (None, False):
+        if (
+            name not in _TAKEN
+            and name not in _WITHOUT_EFFECT
+            and not (value is None or value is False)
+        ):
             return f"it is given {name}"
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tensor = ids if embeds is None else embeds
@@ -77,14 +81,12 @@ def version_of(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def run(
-    model: nn.Module, family: Family, given: dict[str, Any], *, legacy: bool, scored: bool
-) -> Any:
+def run(model: nn.Module, cls: type, given: dict[str, Any], *, legacy: bool, scored: bool) -> Any:
     """Return what the model's own forward returns, with 0 at padding.
 
     Args:
         model: the base model.
-        family: its architecture.
+        cls: its class in transformers.
         given: arguments by name, checked.
         legacy: of transformers before 5.
         scored: whether a head follows that `score` runs.
@@ -92,7 +94,7 @@ def run(
     Raises:
         NotImplementedError: a row of the batch begins with padding; or an op refuses it.
     """
-    config = model.config
+    config, family = model.config, families.family(cls)
     wants = {}
     for name in ("output_hidden_states", "output_attentions"):
         value = given.get(name)
@@ -125,7 +127,7 @@ def run(
     fields: dict[str, Any] = {"last_hidden_state": last}
     pooler = model._modules.get("pooler")
     if pooler is not None:
-        fields["pooler_output"] = _pool(pooler, family, x, last, batch)
+        fields["pooler_output"] = _pool(pooler, cls, family, x, last, batch)
     if want_hidden:
         fields["hidden_states"] = (*map(batch.unpack, hidden[:-1]), last)
     if want_probs:
@@ -184,11 +186,11 @@ def _layer(
     return add_layer_norm(*layer.output, h, x, seed, site + 2), probs
 
 
-def _pool(pooler: nn.Module, family: Family, x: Tensor, last: Tensor, batch: PackedBatch) -> Tensor:
+def _pool(
+    pooler: nn.Module, cls: type, family: Family, x: Tensor, last: Tensor, batch: PackedBatch
+) -> Tensor:
     """Return what the pooler makes of each sequence's first row, (B, D)."""
-    if type(pooler).__name__ == f"{family.prefix}Pooler" and functional.is_plain(
-        pooler, type(pooler)
-    ):
+    if not families.not_own(pooler, (f"{family.prefix}Pooler",), cls.__module__):
         first, nonempty = batch.first_rows(x), batch.nonempty()
         return functional.pool(pooler.dense, pooler.activation, first, nonempty)
     return pooler(last)
@@ -211,7 +213,7 @@ def _output(family: Family, fields: dict[str, Any], as_dict: bool, legacy: bool)
     return out if as_dict else out.to_tuple()
 
 
-def score(head: nn.Module, hidden: Tensor) -> Tensor:
+def score(head: nn.Module, cls: type, hidden: Tensor) -> Tensor:
     """Return a masked-LM head's logits (B, L, V) of hidden states (B, L, D); 0 at padding.
 
     Those of an accelerated model are taken as the rows that they were made of.
@@ -219,8 +221,12 @@ def score(head: nn.Module, hidden: Tensor) -> Tensor:
     known = None if torch.compiler.is_compiling() else _unpacked.get(hidden)
     if known is not None and known.version != version_of(hidden):
         known = None
-    x = hidden.flatten(0, -2) if known is None else known.rows
     transform = head._modules.get("transform")
+    if transform is not None:
+        reason = families.not_own(transform, ("BertPredictionHeadTransform",), cls.__module__)
+        if reason:
+            raise NotImplementedError(reason)
+    x = hidden.flatten(0, -2) if known is None else known.rows
     if transform is not None:  # BERT's
         parts = transform.dense, families.activation(transform.transform_act_fn)
         x = functional.linear_gelu_layer_norm(*parts, transform.LayerNorm, x)
