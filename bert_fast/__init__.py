@@ -12,6 +12,7 @@ from bert_fast.heads import (
     BertForTokenClassification,
 )
 from bert_fast.model import BertModel
+from bert_fast.ops.invariant import batch_invariant, is_batch_invariant
 from bert_fast.ops.products import cpu_library, set_cpu_library
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.report import report
@@ -33,7 +34,9 @@ __all__ = [
     "BertTokenizer",
     "Encoder",
     "__version__",
+    "batch_invariant",
     "cpu_library",
+    "is_batch_invariant",
     "report",
     "set_cpu_library",
 ]

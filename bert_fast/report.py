@@ -7,6 +7,7 @@ from torch import nn
 
 from bert_fast import ops
 from bert_fast.layers import Activation, BertEncoder, BertSelfAttention, is_plain
+from bert_fast.ops import invariant
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def report(model: nn.Module | None = None) -> Report:
         parameter = next(model.parameters(), None)
         device = "cpu" if parameter is None else parameter.device.type
         notes = _notes(model)
+    notes += invariant.notes()
     entries = []
     for name, by_device in sorted(ops.implementations().items()):
         if device in by_device:
