@@ -86,7 +86,11 @@ def measure(case: str, candidate: str, small: bool = False) -> dict[str, int]:
     if candidate != "bert_fast":
         stock_bert.need("onnxruntime" if candidate.startswith("onnxruntime") else _TRANSFORMERS)
     imported = _resident("VmRSS")
-    prepared, inputs = alone(case, candidate, small)
+    return {"imported": imported} | of_a_call(*alone(case, candidate, small))
+
+
+def of_a_call(prepared: Prepared, inputs: Any) -> dict[str, int]:
+    """Return "held", "peak" and "lifetime" of what is ready, in this process."""
     prepared.run(inputs)
     _give_back()
     held = _resident("VmRSS")
@@ -94,7 +98,7 @@ def measure(case: str, candidate: str, small: bool = False) -> dict[str, int]:
     _RESET.write_text("5")  # the most since now
     prepared.run(inputs)
     peak = _resident("VmHWM")
-    return {"imported": imported, "held": held, "peak": peak, "lifetime": max(lifetime, peak)}
+    return {"held": held, "peak": peak, "lifetime": max(lifetime, peak)}
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ from gate import Work
 from op_rows import Answers, Draw, Inputs, Peer, Row
 from torch import Tensor
 
+from bert_fast import batch_invariant
+
 _LINEAR_SIZES = {
     "full": {"T": 16384, "D": 768, "F": 3072},
     "small": {"T": 128, "D": 96, "F": 384},
@@ -27,6 +29,12 @@ def _linear_inputs(draw: Draw, T: int, D: int, F: int) -> dict[str, Tensor]:
 
 def _linear_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
     return (ops.linear(v["x"], v["w"], v["b"]),)
+
+
+def _linear_invariant_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+    """By the product of the batch-invariant mode."""
+    with batch_invariant():
+        return _linear_call(ops, v, p, saved)
 
 
 def _linear_bwd_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
@@ -70,6 +78,7 @@ LINEAR = Row(
     _linear_work,
     {"torch": Peer(_linear_torch)},
 )
+LINEAR_INVARIANT = replace(LINEAR, call=_linear_invariant_call)
 LINEAR_BWD = Row(
     "linear_bwd",
     _LINEAR_SIZES,
@@ -168,6 +177,7 @@ GELU_BWD = Row(
 
 ROWS = {
     "linear": LINEAR,
+    "linear invariant": LINEAR_INVARIANT,
     "linear_bwd": LINEAR_BWD,
     "column_sums": COLUMN_SUMS,
     "linear_gelu": LINEAR_GELU,

@@ -142,6 +142,13 @@ _SUMS = (
     *((4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (8, 512, 2), (16, 512, 2), (8, 512, 4)),
     *((8, 2048, 8),),
 )
+_PRODUCT = _named("BLOCK_T", "BLOCK_F", "BLOCK_D", "num_warps", "num_stages")(
+    *((64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4)),
+    *((64, 128, 32, 4, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
+)
+_FEW_AND_MANY = [
+    Timed(f"linear invariant, T {t}", row="linear invariant", sizes={"T": t}) for t in (128, 16384)
+]
 _LOSS = (Timed("linear_cross_entropy"),)
 _LOSS_BLOCKS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 _GRADIENT = (  # rows, columns, warps, stages, least rows of a program
@@ -161,6 +168,7 @@ TUNABLES = (
     Tunable("gelu.FWD_TILES", None, _GELU, _wide("bias_gelu")),
     Tunable("gelu.BWD_TILES", None, _GELU, _wide("bias_gelu_bwd")),
     Tunable("linear.COLUMN_SUM_TILES", None, _SUMS, _wide("column_sums")),
+    Tunable("linear.PRODUCT", 2, _PRODUCT, _FEW_AND_MANY),
     Tunable("embedding.FWD_TILES", _COLUMNS, _ONE_PASS, _both("embed")),
     Tunable("embedding.BWD_TILES", _COLUMNS, _EMBED_AHEAD, _both("embed_bwd")),
     Tunable("embedding_tables.CHUNKS", 0, _WORD_CHUNKS, _both("embed_bwd")[:1]),

@@ -13,6 +13,7 @@ from bert_fast.heads import (
 )
 from bert_fast.hf import accelerate, patch_transformers, register_attention, restore, verify
 from bert_fast.model import BertModel
+from bert_fast.ops.invariant import batch_invariant, is_batch_invariant
 from bert_fast.ops.kept import forget as forget_weights
 from bert_fast.ops.products import cpu_library, set_cpu_library
 from bert_fast.pretrained import BertPreTrainedModel
@@ -36,8 +37,10 @@ __all__ = [
     "Encoder",
     "__version__",
     "accelerate",
+    "batch_invariant",
     "cpu_library",
     "forget_weights",
+    "is_batch_invariant",
     "patch_transformers",
     "register_attention",
     "report",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import extension, ops, reference
-from bert_fast.ops import products
+from bert_fast.ops import invariant, products
 
 _SHOWN = ("torch", "triton", "numpy", "tokenizers", "safetensors", "transformers")
 _INSTALL_EXTENSION = "pip install --no-build-isolation . (in the source, with torch installed)"
@@ -199,6 +199,8 @@ def _products() -> str:
     found = [f"{name} {ms:.2f} ms" for name, ms in times.items()]
     if chosen == "onednn" and products.packs_weights(torch.float32):
         found.append("packed weights for few rows")
+    if invariant.is_batch_invariant():
+        found.append(f"batch-invariant: {invariant.ROWS} rows a call")
     return f"by {chosen} ({', '.join(found)})" if found else f"by {chosen}"
 
 

@@ -14,6 +14,7 @@ from bert_fast.functional import Activation, is_plain
 from bert_fast.hf import families
 from bert_fast.hf.marks import MARK
 from bert_fast.layers import BertEncoder
+from bert_fast.ops import invariant
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def report(model: nn.Module | None = None) -> Report:
         device = "cpu" if parameter is None else parameter.device.type
         modules = _grouped([*_modules("", model, False)])
         notes = _notes(model, modules)
+    notes += invariant.notes()
     entries = []
     for name, by_device in sorted(ops.implementations().items()):
         if device in by_device:

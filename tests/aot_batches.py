@@ -45,6 +45,7 @@ def cases(lengths: list[int]) -> list[Case]:
         op_cases.gelu_case(T, 2 * D),
         op_cases.linear_case(T, D, 2 * D),
         op_cases.linear_case(T, D, 2 * D, activation="gelu"),
+        op_cases.linear_case(T, D, 2 * D, invariant=True),
         op_cases.attention_case(lengths, D // K, K, p=p),
     ]
     made.append(op_cases.cross_entropy_case(random.randint(0, T), D, 300))

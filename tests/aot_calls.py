@@ -43,7 +43,8 @@ def both(case: Case, align: bool = True, wanted: tuple[str, ...] | None = None) 
     leaves = {name: case.inputs[name].detach().requires_grad_() for name in wanted}
     out = case.call(**leaves)
     dy = torch.zeros_like(out)
-    out.backward(dy if align else unaligned(dy))
+    with case.mode():
+        out.backward(dy if align else unaligned(dy))
 
 
 def cast(case: Case, **dtypes: torch.dtype) -> Case:
@@ -161,6 +162,14 @@ def _calls(dtype: torch.dtype, align: bool, every: bool) -> Iterator[tuple[str, 
             name = f"linear D={D} F={F} bias={bias}"
             call = partial(_linear, dtype, align, D=D, F_=F, bias=bias)
             yield name, F == 2304 and bias, call
+    # in the mode, whose tensors are aligned by a copy; model sizes are not compiled in, but whether
+    # they are 1 or multiples of 16
+    sizes = ((768, 2304), *(((768, 1), (768, 2), (100, 100)) if every else ())) if align else ()
+    for D, F in sizes:
+        for bias in (True, False) if F == 2304 else (True,):
+            name = f"linear invariant D={D} F={F} bias={bias}"
+            call = partial(_linear, dtype, align, D=D, F_=F, bias=bias, invariant=True)
+            yield name, F == 2304 and bias, call
     sizes = SIZES if align else (64, 80)
     for K in sizes if every else (64,):
         for p in (0.0, 0.1) if align else (0.1,):
@@ -189,7 +198,7 @@ def is_default(dtype: torch.dtype, name: str) -> bool:
     if dtype == BF16:
         return True
     if dtype == FP16:
-        return op not in ("linear", "linear_gelu") and "p=0.0" not in rest
+        return op not in ("linear", "linear_gelu", "gelu") and "p=0.0" not in rest
     return op not in ("linear", "gelu") and not {"p=0.1", "alone"} & {*rest.split()}
 
 

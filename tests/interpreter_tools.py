@@ -69,7 +69,14 @@ _attention = {
     "attention-slack": partial(op_cases.attention_case, (0, 2, 4, 0), H=1, K=24, slack=2),
     "attention-dropout": partial(op_cases.attention_case, K=16, p=0.3),
 }
-ALL_CASES = CASES | _attention
+# Of the batch-invariant mode only kernels are shown here: test_invariant has the CPU.
+_invariant = {
+    "linear-invariant": partial(op_cases.linear_case, invariant=True),
+    "linear_gelu-invariant": partial(
+        op_cases.linear_case, T=9, bias=False, activation="gelu", invariant=True
+    ),
+}
+ALL_CASES = CASES | _attention | _invariant
 KERNEL_CASES = {name: make for name, make in ALL_CASES.items() if has_kernel(name)}
 every_kernel_case = pytest.mark.parametrize("make", KERNEL_CASES.values(), ids=KERNEL_CASES)
 FUNCTIONS = [name for name in KERNELS if has_kernel(name)]
@@ -122,7 +129,8 @@ def draw(name: str, rng: random.Random, many: bool = False, p: float | None = No
     if name == "linear_cross_entropy":
         return op_cases.cross_entropy_case(T, D, F, bias=bias, data=data)
     activation = None if name == "linear" else rng.choice(("gelu", "gelu_new", "relu"))
-    return op_cases.linear_case(T, D, F, bias=bias, activation=activation, data=data)
+    sizes = {"T": T, "D": D, "F_": F, "bias": bias, "activation": activation, "data": data}
+    return op_cases.linear_case(**sizes, invariant=rng.random() < 0.5)
 
 
 @contextmanager

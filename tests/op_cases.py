@@ -5,6 +5,7 @@ in fp32 is; in 16 bits, as the formula in fp32 which rounds what the contract st
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -16,7 +17,7 @@ import torch
 from op_formulas import SEED, attention_factors, row_factors
 from torch import Tensor
 
-from bert_fast import ops
+from bert_fast import batch_invariant, ops
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -68,6 +69,7 @@ class Case:
         options: the op's other arguments, except dropout's.
         dropout: p, seed and site.
         factors: what the formula multiplies by in place of them.
+        invariant: whether the batch-invariant mode is on, forward and backward.
     """
 
     op: Callable[..., Tensor]
@@ -76,6 +78,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dropout: dict[str, Any] = field(default_factory=dict)
     factors: Any = None
+    invariant: bool = False
 
     @property
     def name(self) -> str:
@@ -100,7 +103,12 @@ class Case:
 
     def call(self, **inputs: Tensor | None) -> Tensor:
         """What the op gives, with some of its inputs replaced."""
-        return self.op(**self.inputs | inputs, **self.options, **self.dropout)
+        with self.mode():
+            return self.op(**self.inputs | inputs, **self.options, **self.dropout)
+
+    def mode(self) -> AbstractContextManager:
+        """What the op and its backward pass run in."""
+        return batch_invariant() if self.invariant else nullcontext()
 
     def by_formula(self, stores: torch.dtype | None = None, **inputs: Tensor | None) -> Tensor:
         """What the formula gives."""
@@ -118,8 +126,9 @@ def gradients(
     """The output of case.call or case.by_formula, and the gradients of the `wanted` inputs."""
     wanted = case.leaves if wanted is None else wanted
     leaves = {n: case.inputs[n].detach().requires_grad_() for n in wanted}
-    out = function(**leaves)
-    out.backward(random_gradient(out) if dy is None else dy.to(out))
+    with case.mode():
+        out = function(**leaves)
+        out.backward(random_gradient(out) if dy is None else dy.to(out))
     return {"out": out.detach()} | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
 
@@ -267,6 +276,7 @@ def linear_case(
     bias: bool = True,
     activation: str | None = None,
     data: str = "plain",
+    invariant: bool = False,
 ) -> Case:
     """linear, or with an activation linear_gelu."""
     inputs = {
@@ -275,8 +285,9 @@ def linear_case(
         "b": rows(1, F_)[0] if bias else None,
     }
     if activation is None:
-        return Case(ops.linear, op_formulas.linear, inputs)
-    return Case(ops.linear_gelu, op_formulas.linear_gelu, inputs, {"activation": activation})
+        return Case(ops.linear, op_formulas.linear, inputs, invariant=invariant)
+    op, formula, options = ops.linear_gelu, op_formulas.linear_gelu, {"activation": activation}
+    return Case(op, formula, inputs, options, invariant=invariant)
 
 
 def attention_case(

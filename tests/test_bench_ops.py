@@ -28,8 +28,8 @@ NAMES = """
     attention s128, attention s256, attention s512, attention mixed, attention s128 dropout,
     attention s512 dropout, attention_bwd s128, attention_bwd s512, attention_bwd s512 dropout,
     work_list, layer_norm, add_layer_norm, add_layer_norm dropout, add_layer_norm_bwd,
-    add_layer_norm_bwd dropout, embed, embed_bwd, linear, linear_bwd, column_sums, linear_gelu,
-    bias_gelu, bias_gelu_bwd, linear_cross_entropy, unpad
+    add_layer_norm_bwd dropout, embed, embed_bwd, linear, linear invariant, linear_bwd, column_sums,
+    linear_gelu, bias_gelu, bias_gelu_bwd, linear_cross_entropy, unpad
 """
 
 

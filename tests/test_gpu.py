@@ -34,6 +34,7 @@ LARGE = {  # of each op a call that fills the GPU
     "add_layer_norm": lambda: layer_norm_case(8192, 768, p=0.1),
     "embed": lambda: op_cases.embed_case(8192, 768, sizes=(500, 512, 2), pad_id=0, p=0.1),
     "gelu": lambda: op_cases.gelu_case(4096, 3072),
+    "linear-invariant": lambda: op_cases.linear_case(2048, 768, 3072, invariant=True),
     "linear_gelu": lambda: op_cases.linear_case(2048, 768, 3072, activation="gelu"),
     "linear_cross_entropy": lambda: op_cases.cross_entropy_case(600, 768, 30522),
 }

@@ -22,6 +22,7 @@ from op_cases import (
     gradients,
     kernel_dtype,
     layer_norm_case,
+    linear_case,
     random_gradient,
 )
 
@@ -36,6 +37,8 @@ ROW_CASES = {
     "add_layer_norm": partial(layer_norm_case, D=33),
     "gelu": partial(gelu_case, D=100),
     "gelu-tanh": partial(gelu_case, D=7, activation="gelu_new"),
+    "linear-invariant": partial(linear_case, D=40, F_=33, invariant=True),
+    "linear_gelu-invariant": partial(linear_case, D=7, F_=130, activation="gelu", invariant=True),
 }
 ROW_CASES = {n: make for n, make in ROW_CASES.items() if n.partition("-")[0] in FUNCTIONS}
 every_row_case = pytest.mark.parametrize("name", ROW_CASES)
@@ -85,7 +88,7 @@ def test_a_row_among_300(name, T, dtype, kernel_device):
 @every_row_case
 def test_dropout_knows_the_rows_index_alone(name, kernel_device):
     """The first rows are the same however many follow."""
-    if name.startswith(("gelu", "layer_norm")):
+    if name.startswith(("gelu", "layer_norm", "linear")):
         return
     case = ROW_CASES[name](T=37, p=0.3).to(torch.float32, kernel_device)
     assert_rows_stand_alone(name, case, [[0], list(range(5)), list(range(17))])

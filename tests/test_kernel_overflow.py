@@ -28,6 +28,7 @@ from interpreter_tools import (
 )
 from op_formulas import SEED, dropout_factors
 
+from bert_fast import batch_invariant
 from bert_fast.kernels import common
 
 pytestmark = in_interpreter
@@ -163,6 +164,38 @@ def test_linear_bias_gradient(kernel_device):
     dy = tall(8192)
     db = last_programs(1, lambda: raw("column_sums", dy=dy))
     assert db.shape == (8192,)
+
+
+def products(x, w, dy):
+    """The last programs' x w^T and dy w, by the kernel."""
+    with batch_invariant():
+        y = last_programs(2, lambda: raw("linear", x=x, w=w, b=None))
+        need = [True, False]
+        return y, last_programs(2, lambda: raw("linear_bwd", dy=dy, x=x, w=w, need=need)[0])
+
+
+@needs("linear")
+def test_linear_rows(kernel_device):
+    """As many elements of x and dy, of y and dx."""
+    for D, F in ((8192, 8), (8, 8192)):
+        x, dy, w = tall(8192), tall(8192), torch.randn(F, D).to(DTYPE)
+        narrow = torch.randn(x.shape[0], 8).to(DTYPE)
+        x, dy = (x, narrow) if D == 8192 else (narrow, dy)
+        found = products(x, w, dy), products(x[-ROWS:], w, dy[-ROWS:])
+        for large, small in zip(*found, strict=True):
+            assert torch.equal(large[-4:, -8:], small[-4:, -8:]) and small[-4:, -8:].all()
+
+
+@needs("linear")
+def test_linear_weight(kernel_device):
+    """As many elements of a weight: its last rows forward, its last columns backward."""
+    w = tall(2**15)[:, :64]
+    F, last = w.shape[0], w[-ROWS:].clone()
+    x, d_last = torch.randn(3, 64).to(DTYPE), torch.randn(3, ROWS).to(DTYPE)
+    y, dx = products(x, w, torch.nn.functional.pad(d_last, (F - ROWS, 0)))
+    expected, d_expected = products(x, last, d_last)
+    assert torch.equal(y[:, -ROWS:], expected) and expected.all()
+    assert torch.equal(dx, d_expected) and dx.all()
 
 
 # --- embeddings ----------------------------------------------------------------------------------

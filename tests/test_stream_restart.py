@@ -11,6 +11,7 @@ import pytest
 import stream_runs
 from stream_runs import TEXTS, FakeEncoder, left, run, same, want
 
+from bert_fast import batch_invariant
 from bert_fast.encode import stream
 
 alone, source = stream_runs.alone, stream_runs.source
@@ -60,6 +61,16 @@ def test_work_of_other_arguments_is_refused(tmp_path, source, options, named):
         run(source, target, **{"chunk": 2} | options)
     run(source, target, overwrite=True, **{"chunk": 2} | options)
     assert left(tmp_path) == ["texts.txt", "v.npy"]
+
+
+def test_work_begun_without_the_batch_invariant_mode_is_refused(tmp_path, source):
+    """And goes on without it: vectors of both would have been mixed."""
+    target = tmp_path / "v.npy"
+    interrupt(source, target)
+    with batch_invariant(True), pytest.raises(ValueError, match="another batch_invariant; run"):
+        run(source, target, chunk=2)
+    with batch_invariant(False):
+        assert run(source, target, chunk=2).encoded == 7
 
 
 def test_work_of_another_input_or_model_is_refused(tmp_path, source):

@@ -113,6 +113,7 @@ INTERPRETED = {
     "layer_norm.BWD_TILES": ("add_layer_norm_bwd", {"T": 5, "D": 768}),
     "gelu.FWD_TILES": ("bias_gelu", {"T": 5, "F": 1100}),
     "linear.COLUMN_SUM_TILES": ("column_sums", {"T": 17, "F": 1100}),
+    "linear.PRODUCT": ("linear invariant", {"T": 5, "D": 70, "F": 130}),
     "embedding_tables.CHUNKS": ("embed_bwd", {"T": 20, "D": 8, "V": 2048, "P": 3}),
     "cross_entropy.GRADIENT_TILES": ("linear_cross_entropy", {"N": 5, "D": 16, "V": 530}),
 }

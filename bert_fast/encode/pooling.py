@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.files import read_json
+from bert_fast.ops.invariant import is_batch_invariant
 
 MODULES_FILE = "modules.json"
 _PROMPTS_FILE = "config_sentence_transformers.json"
@@ -19,6 +20,7 @@ _MODES = {
     **{"pooling_mode_max_tokens": "max", "cls": "cls", "mean": "mean", "max": "max"},
 }
 POOLING = "cls", "mean", "max"
+_LEAST_LENGTH = 1e-12  # as in torch.nn.functional.normalize
 
 
 @dataclass(frozen=True)
@@ -137,4 +139,14 @@ def pool(x: Tensor, lengths: Tensor, modes: Sequence[str], normalize: bool) -> T
         else:  # adds in order, without the atomics of index_add
             parts.append(torch.segment_reduce(x, mode, lengths=lengths, unsafe=True))
     pooled = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return nn.functional.normalize(pooled, dim=1) if normalize else pooled
+    return _normalized(pooled) if normalize else pooled
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """Return the rows (B, D) divided by their lengths."""
+    if not is_batch_invariant():
+        return nn.functional.normalize(x, dim=1)
+    # as a product: PyTorch's sum over a row is shared by threads that the number of rows decides
+    ones = x.new_ones(1, x.shape[1])
+    squares = torch.ops.bert_fast.linear(x.square(), ones, None)  # the op: autocast would round
+    return x / squares.sqrt().clamp_min(_LEAST_LENGTH)

@@ -21,6 +21,7 @@ from bert_fast.encode.peers import Peers, ranks
 from bert_fast.encode.readers import STDIN, Reader, Row
 from bert_fast.encode.work import Work
 from bert_fast.encode.writers import Rows, Writer, check_output, writer_of
+from bert_fast.ops.invariant import is_batch_invariant
 from bert_fast.ops.products import cpu_library, fixed_cpu_library
 
 CHUNK = 1024
@@ -188,6 +189,7 @@ def encode_file(
             "keep_text": keep_text,
             "chunk": chunk,
             **settings,
+            **({"batch_invariant": True} if is_batch_invariant() else {}),
         }
         writer = writer_of(target, dimension, precision, keep_text, len(names) > 1)
         encode = _Encode(encoder, settings, writer, names)

@@ -109,6 +109,7 @@ _fwd = registry.register(
     fake=_fwd_fake,
     cuda=_fwd_cuda,
     cpu=_fwd_cpu,
+    sees_batch=True,  # heads of 8 by two threads
 )
 _bwd = registry.register(
     "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens,"
@@ -116,6 +117,7 @@ _bwd = registry.register(
     reference=reference.attention_bwd,
     fake=_bwd_fake,
     cuda=_bwd_cuda,
+    sees_batch=True,
 )
 
 

@@ -35,12 +35,14 @@ bias_gelu = registry.register(
     reference=reference.bias_gelu,
     fake=_fwd_fake,
     cuda=_fwd_cuda,
+    sees_batch=True,  # the last numbers of a thread's share take other instructions
 )
 bias_gelu_bwd = registry.register(
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor? b, str activation) -> (Tensor dx, Tensor db)",
     reference=reference.bias_gelu_bwd,
     fake=_bwd_fake,
     cuda=_bwd_cuda,
+    sees_batch=True,
 )
 
 

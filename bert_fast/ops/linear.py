@@ -1,8 +1,9 @@
 """x w^T + b, alone and followed by an activation.
 
 On a GPU the products are cuBLAS's, through PyTorch, and stay so until one of ours with an epilogue
-is measurably faster. The activation and the sums over rows are kernels. On the CPU the products are
-the better library's (products.py). `save` says whether a backward pass follows.
+is measurably faster; in the batch-invariant mode (invariant.py) all but the gradient of the weight
+are ours. The activation and the sums over rows are kernels. On the CPU the products are the better
+library's (products.py). `save` says whether a backward pass follows.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bert_fast import reference
-from bert_fast.ops import checks, products, registry
+from bert_fast.ops import checks, invariant, products, registry
 from bert_fast.ops.gelu import bias_gelu, bias_gelu_bwd, check_activation
 
 
@@ -40,13 +41,35 @@ def _column_sums_cuda(dy: Tensor) -> Tensor:
     return column_sums(dy)
 
 
+def _fwd_cuda(x: Tensor, w: Tensor, b: Tensor | None, save: bool = True) -> Tensor:
+    if not invariant.is_batch_invariant():
+        return reference.linear(x, w, b)
+    from bert_fast.kernels.linear import linear
+
+    return linear(x.contiguous(), w, None if b is None else b.contiguous())
+
+
+def _bwd_cuda(dy: Tensor, x: Tensor, w: Tensor, need: list[bool]) -> tuple[Tensor, Tensor]:
+    if not (need[0] and invariant.is_batch_invariant()):
+        return reference.linear_bwd(dy, x, w, need)
+    return _fwd_cuda(dy, w.T, None), reference.linear_bwd(dy, x, w, [False, need[1]])[1]
+
+
 def _gelu_cuda(
     x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
 ) -> tuple[Tensor, Tensor]:
     from bert_fast.kernels.gelu import bias_gelu_fwd
 
-    h = reference.linear(x, w, b)
+    h = _fwd_cuda(x, w, b)
     return registry.saved((bias_gelu_fwd(h, None, activation), h), save)
+
+
+def _gelu_without_triton(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, save: bool = True
+) -> tuple[Tensor, Tensor]:
+    if invariant.is_batch_invariant():
+        raise NotImplementedError("linear_gelu: want Triton for the batch-invariant mode, got none")
+    return reference.linear_gelu(x, w, b, activation, save)
 
 
 def _fwd_cpu(x: Tensor, w: Tensor, b: Tensor | None, save: bool = True) -> Tensor:
@@ -70,7 +93,7 @@ _fwd = registry.register(
     "linear(Tensor x, Tensor w, Tensor? b, bool save=True) -> Tensor",
     reference=reference.linear,
     fake=_fwd_fake,
-    cuda=reference.linear,
+    cuda=_fwd_cuda,
     by="cublas",
     cpu=_fwd_cpu,
     cpu_reason="",
@@ -79,7 +102,7 @@ _bwd = registry.register(
     "linear_bwd(Tensor dy, Tensor x, Tensor w, bool[] need) -> (Tensor dx, Tensor dw)",
     reference=reference.linear_bwd,
     fake=_bwd_fake,
-    cuda=reference.linear_bwd,
+    cuda=_bwd_cuda,
     by="cublas",
     cpu=_bwd_cpu,
     cpu_reason="",
@@ -93,7 +116,7 @@ _column_sums = registry.register(
 _gelu_fwd = registry.register(
     "linear_gelu(Tensor x, Tensor w, Tensor? b, str activation, bool save=True)"
     " -> (Tensor y, Tensor h)",
-    reference=reference.linear_gelu,
+    reference=_gelu_without_triton,
     fake=_gelu_fake,
     cuda=_gelu_cuda,
     cpu=_gelu_cpu,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from bert_fast.ops import kept
+from bert_fast.ops import invariant, kept
 
 LIBRARIES = ("blas", "onednn")
 _ROUNDS = 8
@@ -143,12 +143,19 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, *, reuse: bool = False) -> Te
 
     With `reuse` the weight is expected again as it is: it may be packed.
     """
-    if not (x.numel() and w.numel() and _by_onednn(x.dtype)):
+    if not (x.numel() and w.numel()):
         return F.linear(x, w, b)
-    packed = _packed_weight(w, x.shape[0]) if reuse else None
-    if not reuse:  # writes that PyTorch does not count may follow
-        _packed.pop(w, None)
-    return _onednn(x, w if packed is None else packed, None if b is None else b.contiguous())
+    by_onednn = _by_onednn(x.dtype)
+    multiply, pack = (_onednn, _pack if reuse else None) if by_onednn else (F.linear, None)
+    fixed = invariant.schedule(multiply, w, b, pack) if invariant.is_batch_invariant() else None
+    if by_onednn:
+        packed = None
+        if not reuse:  # writes that PyTorch does not count may follow
+            _packed.pop(w, None)
+        elif fixed is None or fixed.packs:
+            packed = _packed_weight(w, x.shape[0] if fixed is None else fixed.rows)
+        w, b = w if packed is None else packed, None if b is None else b.contiguous()
+    return multiply(x, w, b) if fixed is None else invariant.in_calls(fixed.rows, multiply, x, w, b)
 
 
 # --- packed weights ------------------------------------------------------------------------------

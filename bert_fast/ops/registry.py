@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from bert_fast import extension
+from bert_fast.ops import invariant
 
 _lib = library.Library("bert_fast", "FRAGMENT")
 
@@ -59,6 +60,21 @@ def _without_autocast(function: Callable[..., Any], device: str = "") -> Callabl
     return run
 
 
+def _refused_if_invariant(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an implementation out of the batch-invariant mode."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if invariant.is_batch_invariant():
+            raise RuntimeError(
+                f"{op}: want the compiled extension in the batch-invariant mode, got PyTorch's own"
+                f" operators, which give a row other bits in another batch ({_no_extension})"
+            )
+        return function(*args)
+
+    return run
+
+
 def register(
     schema: str,
     *,
@@ -68,6 +84,7 @@ def register(
     by: str = "triton",
     cpu: Callable[..., Any] | None = None,
     cpu_reason: str | None = None,
+    sees_batch: bool = False,
 ) -> torch._ops.OpOverload:
     """Define an operator of the namespace bert_fast and return it.
 
@@ -81,6 +98,8 @@ def register(
             "pytorch", its fused operators. Where csrc serves CUDA, `cuda` is not used.
         cpu: the implementation for the CPU by operators of PyTorch, unless csrc has one.
         cpu_reason: why csrc has none, empty if `cpu` is the fastest there is; None: it should.
+        sees_batch: whether rows have other bits in another batch where csrc does not serve the CPU:
+            the batch-invariant mode refuses the op there.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
@@ -102,7 +121,8 @@ def register(
     if name in _compiled:
         on_cpu = Implementation("csrc", "")
     else:
-        _lib.impl(name, eager if cpu is None else _without_autocast(cpu, "cpu"), "CPU")
+        run = eager if cpu is None else _without_autocast(cpu, "cpu")
+        _lib.impl(name, _refused_if_invariant(name, run) if sees_batch else run, "CPU")
         served = "reference" if cpu is None else "pytorch"
         if cpu_reason is None:
             cpu_reason = _no_extension or "csrc has no implementation of it"
