@@ -1,0 +1,117 @@
+"""A pytest plugin: writes down each test's outcome, with every BERT of transformers accelerated or
+as it is. `transformers_suite.py` runs a file of transformers' tests with it, once each way.
+
+The lines of the file that --suite-records names are JSON: {"test"} before a test, {"test",
+"outcome", "why", "packed"} after it, {"finished"} at the end. A test with a line is not run again,
+so that a run which a crash or the time limit ended can go on behind the test that ended it.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The installed one, although the conftest.py of a source tree puts the tree's own in front: the
+# first import counts.
+import transformers
+
+from bert_fast import ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("suite")
+    group.addoption("--suite-records", help="write the outcomes to this file")
+    group.addoption("--suite-patch", default="", help="module:name of a context for all tests")
+    group.addoption("--suite-timeout", type=float, default=300.0, help="seconds for a test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--suite-records"):
+        config.pluginmanager.register(Recorder(config), "suite-recorder")
+
+
+@contextlib.contextmanager
+def counted_attention(count: list[int]) -> Iterator[None]:
+    """Add 1 to count[0] at every call of packed attention, which each packed layer makes once."""
+    attention = ops.attention
+
+    @functools.wraps(attention)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return attention(*args, **kwargs)
+
+    ops.attention = counting
+    try:
+        yield
+    finally:
+        ops.attention = attention
+
+
+class Recorder:
+    """The hooks."""
+
+    def __init__(self, config: pytest.Config):
+        self.path = Path(config.getoption("--suite-records"))
+        self.timeout = config.getoption("--suite-timeout")
+        self.tracebacks = self.path.with_suffix(".tracebacks").open("w")
+        self.packed = [0]
+        self.outcome, self.why = "passed", ""
+        self.contexts = contextlib.ExitStack()
+        self.contexts.enter_context(counted_attention(self.packed))
+        module, _, name = config.getoption("--suite-patch").partition(":")
+        if name:
+            self.contexts.enter_context(getattr(importlib.import_module(module), name)())
+        self.start_limit()
+
+    def start_limit(self) -> None:
+        """End the process unless this is called again in time; the collection counts as a test."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.tracebacks)
+
+    def write(self, **line: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @pytest.hookimpl(trylast=True)  # after -m and -k
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
+        seen = set()
+        if self.path.exists():
+            lines = self.path.read_text("utf-8").splitlines()
+            seen = {json.loads(line)["test"] for line in lines}
+        items[:] = [item for item in items if item.nodeid not in seen]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.packed[0], self.outcome, self.why = 0, "passed", ""
+        self.write(test=item.nodeid)
+        # the same weights and inputs both times: transformers' tests draw them without a seed
+        transformers.set_seed(0)
+        inputs = getattr(sys.modules.get("tests.test_modeling_common"), "global_rng", None)
+        if inputs is not None:
+            inputs.seed(0)
+        self.start_limit()
+        result = yield
+        self.write(test=item.nodeid, outcome=self.outcome, why=self.why, packed=self.packed[0])
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the first failure, of a subtest too; else the skip of the whole test."""
+        if report.failed and self.outcome != "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.outcome = "failed"
+            self.why = crash.message if crash else str(report.longrepr)
+        elif report.skipped and self.outcome == "passed" and type(report) is pytest.TestReport:
+            self.outcome = "skipped"
+            expected = hasattr(report, "wasxfail")
+            self.why = f"xfail {report.wasxfail}" if expected else report.longrepr[2]
+
+    def pytest_sessionfinish(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self.contexts.close()
+        self.write(finished=True)
