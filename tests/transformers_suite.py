@@ -5,7 +5,7 @@ python tests/transformers_suite.py TREE [--models bert roberta ...] [--out FILE]
 TREE is a source tree of transformers, of the version that is installed: its wheel has no tests.
 Each model's tests run twice, plain and inside `bert_fast.patch_transformers()`. Exit status 1: a
 test fails only accelerated and `transformers_suite_reasons.py` has no reason for it, a reason's
-test passes, or no packed layer ran at all; 2: the tests could not be run.
+test passes, or no accelerated forward ran at all; 2: the tests could not be run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -41,9 +41,10 @@ HEAD = """\
 # transformers' own tests, with accelerated models
 
 Made by `python tests/transformers_suite.py`; not to be edited, and no test is copied. Each file of
-tests runs twice, with the same seeds: plain, and inside `bert_fast.patch_transformers()`. Whether
-anything was accelerated is counted: a packed layer is one call of the attention that only packed
-layers call.
+tests runs twice, with the same seeds: plain, and inside `bert_fast.patch_transformers()`. What
+was accelerated is counted: a forward of a base model is *accelerated* when it ran on packed rows to
+its end, and *original* when a model that is accelerated ran transformers' own code, as it does for
+what packed rows cannot do. Inside `torch.compile` nothing is counted.
 """
 
 
@@ -58,12 +59,14 @@ class Outcome:
     Attributes:
         outcome: "passed", "skipped" or "failed".
         why: what the skip or the failure says.
-        packed: how many packed layers ran in it.
+        packed: how many accelerated forwards ran in it.
+        original: how many forwards of accelerated models ran the original code, by reason.
     """
 
     outcome: str
     why: str = ""
     packed: int = 0
+    original: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,9 @@ def run(tree: Path, file: Path, records: Path, patch: str, timeout: float) -> di
             break
     outcomes = {}
     for line in lines[:-1]:
-        name = line["test"].split("::", 1)[1]
-        outcomes[name] = Outcome("failed", f"ended the process, or took more than {timeout:g} s")
-        if "outcome" in line:
-            outcomes[name] = Outcome(line["outcome"], line["why"], line["packed"])
+        name = line.pop("test").split("::", 1)[1]
+        ended_it = {"outcome": "failed", "why": f"ended the process, or took over {timeout:g} s"}
+        outcomes[name] = Outcome(**(line or ended_it))
     if not outcomes:
         raise SuiteError(f"{file.name}: it has no tests")
     return outcomes
@@ -207,9 +209,9 @@ def faults(cases: Sequence[Case]) -> Iterator[str]:
             yield f"{case}: passes accelerated, but has a reason why not"
     for model in dict.fromkeys(case.model for case in cases):
         if not any(case.accelerated.packed for case in cases if case.model == model):
-            yield f"{model}: no packed layer ran: nothing was accelerated"
+            yield f"{model}: no accelerated forward ran"
         if any(case.plain.packed for case in cases if case.model == model):
-            yield f"{model}: packed layers ran in the plain run: there is nothing to compare with"
+            yield f"{model}: accelerated forwards ran in the plain run"
 
 
 def unused(cases: Sequence[Case], reasons: Iterable[str]) -> list[str]:
@@ -221,16 +223,15 @@ def one_line(ended: Outcome) -> str:
     """Return what a failure or a skip says, without what belongs to a machine or a process."""
     text = ended.why.strip().splitlines()[0] if ended.why.strip() else ended.outcome
     text = re.sub(r"(?<![\w:/])/(?:[\w.+@-]+/)+", "", text)  # folders
-    text = re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
 
 
 def skip_reason(case: Case) -> str:
-    """Return why a test is skipped, without what differs from test to test."""
+    """Return why a test is skipped, without the names that differ from test to test."""
     text = one_line(case.accelerated).removeprefix("Skipped: ")
     text = re.sub(r"^\S+::\S+ is skipped: ", "", text)
-    text = re.sub(r"`[^`]*`|<class '[^']*'>", "`...`", text)
-    return re.sub(r"\b[A-Z]\w*Model(Test)?\b", "`...`", text)
+    text = re.sub(r"<class '[^']*'>|\b[A-Z]\w*(Model|ModelTest)\b", "...", text)
+    return re.sub(r"(`)?\.\.\.(?(1)`)|`[^`]*`", "`...`", text)
 
 
 def environment(tree: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -275,9 +276,11 @@ def table(cases: Sequence[Case], facts: Iterable[tuple[str, str]], found: Sequen
     for model, own in of_model.items():
         kinds = Counter(case.kind for case in own)
         packed = [case.accelerated.packed for case in own]
-        ran = sum(n > 0 for n in packed), sum(packed)
+        original = sum(sum(case.accelerated.original.values()) for case in own)
+        ran = sum(n > 0 for n in packed), sum(packed), original
         counts.append((model, len(own), *(kinds[kind] for kind in COLUMNS), *ran))
-    header = ("model", "tests", *COLUMNS.values(), "tests with packed layers", "packed layers run")
+    header = ("model", "tests", *COLUMNS.values(), "tests with an accelerated forward")
+    header += ("accelerated forwards", "original forwards")
     lines += ["## Counts", "", *rows(header, counts)]
     for kind in ("unexplained", "reason", "fails"):
         chosen = sorted((case for case in cases if case.kind == kind), key=Case.why)
@@ -288,14 +291,17 @@ def table(cases: Sequence[Case], facts: Iterable[tuple[str, str]], found: Sequen
     if surplus:
         plain = ((case, one_line(case.plain)) for case in surplus)
         lines += ["## Passes only accelerated", "", *rows(("test", "plain"), plain)]
-    skips: dict[str, Counter[str]] = defaultdict(Counter)
+    skips, originals = defaultdict(Counter), defaultdict(Counter)
     for case in cases:
         if case.kind == "skipped":
             skips[skip_reason(case)][case.model] += 1
-    if skips:
-        lines += ["## Skipped in both", ""]
-        order = sorted(skips.items(), key=lambda item: (-item[1].total(), item[0]))
-        lines += rows(("why", *models), ((why, *(n[m] for m in models)) for why, n in order))
+        for why, count in case.accelerated.original.items():
+            originals[why][case.model] += count
+    for title, tally in (("Original forwards", originals), ("Skipped in both", skips)):
+        if tally:
+            lines += [f"## {title}", ""]
+            order = sorted(tally.items(), key=lambda item: (-item[1].total(), item[0]))
+            lines += rows(("why", *models), ((why, *(n[m] for m in models)) for why, n in order))
     return "\n".join(lines).rstrip() + "\n"
 
 

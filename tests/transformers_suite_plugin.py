@@ -2,8 +2,8 @@
 as it is. `transformers_suite.py` runs a file of transformers' tests with it, once each way.
 
 The lines of the file that --suite-records names are JSON: {"test"} before a test, {"test",
-"outcome", "why", "packed"} after it, {"finished"} at the end. A test with a line is not run again,
-so that a run which a crash or the time limit ended can go on behind the test that ended it.
+"outcome", "why", "packed", "original"} after it, {"finished"} at the end. A test with a line is
+not run again, so that a run which a crash or the time limit ended can go on behind that test.
 """
 
 import contextlib
@@ -12,17 +12,19 @@ import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # The installed one, although the conftest.py of a source tree puts the tree's own in front: the
 # first import counts.
 import transformers
 
-from bert_fast import ops
+from bert_fast.hf import forward
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,21 +39,43 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(config), "suite-recorder")
 
 
-@contextlib.contextmanager
-def counted_attention(count: list[int]) -> Iterator[None]:
-    """Add 1 to count[0] at every call of packed attention, which each packed layer makes once."""
-    attention = ops.attention
+class Forwards:
+    """Counts what accelerated models run.
 
-    @functools.wraps(attention)
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        return attention(*args, **kwargs)
+    Attributes:
+        packed: how many forwards ran on packed rows to their end.
+        original: how many ran the original code, by reason.
+    """
 
-    ops.attention = counting
-    try:
-        yield
-    finally:
-        ops.attention = attention
+    def __init__(self) -> None:
+        self.packed, self.original = 0, Counter[str]()
+
+    def watch(self, function: Callable[..., Any], ends: bool) -> Callable[..., Any]:
+        """Return a step of a forward that is counted; `ends`: behind it nothing is refused."""
+
+        @functools.wraps(function)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # counting would break the graph
+                return function(*args, **kwargs)
+            try:
+                result = function(*args, **kwargs)
+            except NotImplementedError as error:
+                self.original[str(error)] += 1
+                raise
+            self.packed += ends
+            return result
+
+        return step
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block all accelerated models are counted."""
+        check, run = forward.check, forward.run
+        forward.check, forward.run = self.watch(check, ends=False), self.watch(run, ends=True)
+        try:
+            yield
+        finally:
+            forward.check, forward.run = check, run
 
 
 class Recorder:
@@ -61,10 +85,10 @@ class Recorder:
         self.path = Path(config.getoption("--suite-records"))
         self.timeout = config.getoption("--suite-timeout")
         self.tracebacks = self.path.with_suffix(".tracebacks").open("w")
-        self.packed = [0]
+        self.forwards = Forwards()
         self.outcome, self.why = "passed", ""
         self.contexts = contextlib.ExitStack()
-        self.contexts.enter_context(counted_attention(self.packed))
+        self.contexts.enter_context(self.forwards.watched())
         module, _, name = config.getoption("--suite-patch").partition(":")
         if name:
             self.contexts.enter_context(getattr(importlib.import_module(module), name)())
@@ -88,7 +112,8 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.packed[0], self.outcome, self.why = 0, "passed", ""
+        self.forwards.__init__()
+        self.outcome, self.why = "passed", ""
         self.write(test=item.nodeid)
         # the same weights and inputs both times: transformers' tests draw them without a seed
         transformers.set_seed(0)
@@ -97,7 +122,8 @@ class Recorder:
             inputs.seed(0)
         self.start_limit()
         result = yield
-        self.write(test=item.nodeid, outcome=self.outcome, why=self.why, packed=self.packed[0])
+        ran = vars(self.forwards)
+        self.write(test=item.nodeid, outcome=self.outcome, why=self.why, **ran)
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
