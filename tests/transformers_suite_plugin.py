@@ -11,18 +11,20 @@ import faulthandler
 import functools
 import importlib
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 # The installed one, although the conftest.py of a source tree puts the tree's own in front: the
 # first import counts.
-import transformers
+import transformers  # noqa: F401
 
 from bert_fast.hf import forward
 
@@ -116,7 +118,8 @@ class Recorder:
         self.outcome, self.why = "passed", ""
         self.write(test=item.nodeid)
         # the same weights and inputs both times: transformers' tests draw them without a seed
-        transformers.set_seed(0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(0)
         inputs = getattr(sys.modules.get("tests.test_modeling_common"), "global_rng", None)
         if inputs is not None:
             inputs.seed(0)
