@@ -79,7 +79,7 @@ def suite(tree, outcomes, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(transformers_suite, "run_both", lambda *_: outcomes)
         out = tmp_path / "table.md"
         status = transformers_suite.main(
-            [str(tree), "--models", "bert", "--out", str(out)], reasons
+            [str(tree), "--models", "bert", "--out", str(out), "--note", "a | b"], reasons
         )
         return status, out.read_text("utf-8"), capsys.readouterr().err
 
@@ -107,6 +107,7 @@ def test_the_table(suite, tree):
     assert "| `...` is not in `...` | 1 |" in table
     assert "**the tests are those of 0.0.0**" in table
     assert "python tests/transformers_suite.py TREE --models bert`" in table
+    assert "| note | a \\| b |" in table
     assert str(tree) not in table
 
 

@@ -1,8 +1,9 @@
 """Writes docs/transformers-tests.md: transformers' own tests of its models, run accelerated.
 
-python tests/transformers_suite.py TREE [--models bert roberta ...] [--out FILE]
+python tests/transformers_suite.py TREE [--models bert roberta ...] [--out FILE] [--note TEXT]
 
 TREE is a source tree of transformers, of the version that is installed: its wheel has no tests.
+They need `parameterized`. The note goes into the table's head, as for a tree that is not whole.
 Each model's tests run twice, plain and inside `bert_fast.patch_transformers()`. Exit status 1: a
 test fails only accelerated and `transformers_suite_reasons.py` has no reason for it, a reason's
 test passes, or no accelerated forward ran at all; 2: the tests could not be run.
@@ -234,20 +235,22 @@ def skip_reason(case: Case) -> str:
     return re.sub(r"(`)?\.\.\.(?(1)`)|`[^`]*`", "`...`", text)
 
 
-def environment(tree: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def environment(tree: Path, arguments: Sequence[str], note: str) -> Iterator[tuple[str, str]]:
     """Yield what the tests ran with: name and value."""
     installed, of_tree = importlib.metadata.version("transformers"), tree_version(tree)
-    note = "" if of_tree == installed else f"; **the tests are those of {of_tree}**"
+    other = "" if of_tree == installed else f"; **the tests are those of {of_tree}**"
     spec = importlib.util.find_spec("bert_fast")
     where = Path(spec.origin).parents[1] if spec and spec.origin else ROOT
     git = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    yield "transformers", installed + note
+    yield "transformers", installed + other
     yield "torch", importlib.metadata.version("torch")
     yield "Python", platform.python_version()
     yield "bert_fast", f"{importlib.metadata.version('bert-fast')}, commit {commit or 'unknown'}"
     yield "command", f"`{' '.join(['python tests/transformers_suite.py TREE', *arguments])}`"
     yield "date", datetime.date.today().isoformat()
+    if note:
+        yield "note", note
 
 
 def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> Iterator[str]:
@@ -312,6 +315,7 @@ def main(arguments: Sequence[str] | None = None, reasons: Mapping[str, str] = RE
     parser.add_argument("tree", type=Path, metavar="TREE", help="a source tree of transformers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/transformers-tests.md")
+    parser.add_argument("--note", default="", help="what a reader of the table must know")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a test")
     options = parser.parse_args(arguments)
     tree, cases = options.tree.resolve(), []
@@ -324,7 +328,7 @@ def main(arguments: Sequence[str] | None = None, reasons: Mapping[str, str] = RE
         return 2
     found = [*faults(cases)]
     chosen = () if options.models == MODELS else ("--models", *options.models)
-    options.out.write_text(table(cases, environment(tree, chosen), found), "utf-8")
+    options.out.write_text(table(cases, environment(tree, chosen, options.note), found), "utf-8")
     for pattern in unused(cases, reasons):
         print(f"{pattern}: a reason, but no test of these models has that name")
     for fault in found:

@@ -50,6 +50,10 @@ class Forwards:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self.packed, self.original = 0, Counter[str]()
 
     def watch(self, function: Callable[..., Any], ends: bool) -> Callable[..., Any]:
@@ -86,7 +90,6 @@ class Recorder:
     def __init__(self, config: pytest.Config):
         self.path = Path(config.getoption("--suite-records"))
         self.timeout = config.getoption("--suite-timeout")
-        self.tracebacks = self.path.with_suffix(".tracebacks").open("w")
         self.forwards = Forwards()
         self.outcome, self.why = "passed", ""
         self.contexts = contextlib.ExitStack()
@@ -98,7 +101,7 @@ class Recorder:
 
     def start_limit(self) -> None:
         """End the process unless this is called again in time; the collection counts as a test."""
-        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.tracebacks)
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
 
     def write(self, **line: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -114,7 +117,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.forwards.__init__()
+        self.forwards.clear()
         self.outcome, self.why = "passed", ""
         self.write(test=item.nodeid)
         # the same weights and inputs both times: transformers' tests draw them without a seed
