@@ -155,11 +155,12 @@ def run(tree: Path, file: Path, records: Path, patch: str, timeout: float) -> di
         ended = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, check=False
         )
-        known = len(lines)
+        known = {line.get("test") for line in lines}
         if records.exists():
             lines = [json.loads(line) for line in records.read_text("utf-8").splitlines()]
         finished = bool(lines) and "finished" in lines[-1]
-        if (finished and ended.returncode > 1) or (not finished and len(lines) == known):
+        stuck = known == {line.get("test") for line in lines}
+        if ended.returncode > 1 if finished else stuck:
             output = (ended.stdout + ended.stderr).strip().splitlines()
             raise SuiteError(f"{file.name}: pytest could not run it\n" + "\n".join(output[-25:]))
         if finished:
