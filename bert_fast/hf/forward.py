@@ -69,8 +69,6 @@ def _unsupported(given: dict[str, Any]) -> str:
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return "its attention_mask is not (B, L)"
-    if not isinstance(given.get("output_hidden_states"), bool | None):
-        return "it is to return some of the hidden states"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "it is being exported"
     return ""
@@ -95,11 +93,9 @@ def run(model: nn.Module, cls: type, given: dict[str, Any], *, legacy: bool, sco
         NotImplementedError: a row of the batch begins with padding; or an op refuses it.
     """
     config, family = model.config, families.family(cls)
-    wants = {}
-    for name in ("output_hidden_states", "output_attentions"):
-        value = given.get(name)
-        wants[name] = bool(getattr(config, name, False) if value is None else value)
-    want_hidden, want_probs = wants.values()
+    blocks = family.blocks(model)
+    hidden = _Hidden(_asked(config, given, "output_hidden_states"), len(blocks) + 1)
+    want_probs = bool(_asked(config, given, "output_attentions"))
     batch = _pack(model, family, given)
     if want_probs and batch.packed:
         raise NotImplementedError("it is to return attentions of packed sequences")
@@ -109,8 +105,8 @@ def run(model: nn.Module, cls: type, given: dict[str, Any], *, legacy: bool, sco
     x = functional.embed(*family.embeddings(model), batch, seed)
     project = model._modules.get("embeddings_project")  # ELECTRA's
     x = x if project is None else linear(project, x)
-    hidden, attentions = [x], []
-    for i, block in enumerate(family.blocks(model)):
+    x, attentions = hidden.take(x, batch), []
+    for i, block in enumerate(blocks):
         layer = partial(
             _layer, family, block, batch=batch, seed=seed, site=1 + 3 * i, want_probs=want_probs
         )
@@ -118,23 +114,81 @@ def run(model: nn.Module, cls: type, given: dict[str, Any], *, legacy: bool, sco
             x, probs = block._gradient_checkpointing_func(layer, x)
         else:
             x, probs = layer(x)
-        if want_hidden:
-            hidden.append(x)
+        x = hidden.take(x, batch)
         attentions.append(probs)
-    last = batch.unpack(x)
-    if scored and not torch.compiler.is_compiling():  # tracing knows no weak tables
+    last = batch.unpack(x) if hidden.last is None else hidden.last
+    mask = given.get("attention_mask")
+    if torch.compiler.is_compiling():
+        if mask is not None and not batch.packed:
+            last = _unread(last, mask.to(last.device, torch.bool))
+    elif scored:  # tracing knows no weak tables
         _unpacked[last] = _Rows(x, batch, version_of(last))
     fields: dict[str, Any] = {"last_hidden_state": last}
     pooler = model._modules.get("pooler")
     if pooler is not None:
         fields["pooler_output"] = _pool(pooler, cls, family, x, last, batch)
-    if want_hidden:
-        fields["hidden_states"] = (*map(batch.unpack, hidden[:-1]), last)
+    if hidden.taken:
+        end = None if hidden.last is None else last
+        fields["hidden_states"] = (*hidden.taken[:-1], end)
     if want_probs:
         fields["attentions"] = (*attentions,)
         if not legacy and family.prefix != "DistilBert":
             fields["cross_attentions"] = ()
     return _output(family, fields, _wants_dict(config, given), legacy)
+
+
+def _asked(config: Any, given: dict[str, Any], name: str) -> Any:
+    """Return an argument, or what the configuration says without it."""
+    value = given.get(name)
+    return getattr(config, name, False) if value is None else value
+
+
+class _Hidden:
+    """The hidden states that are asked for.
+
+    Attributes:
+        taken: (B, L, D) each, None for one that is not asked for; empty where none is.
+    """
+
+    def __init__(self, asked: bool | int | list[int] | None, count: int):
+        """Take those of `count` that are asked for: all, none, or by their places.
+
+        The place 0 alone asks for none, in transformers too.
+        """
+        if isinstance(asked, bool) or not asked:
+            places = range(count) if asked else ()
+        else:
+            places = [asked] if isinstance(asked, int) else asked
+        self._places = {place % count for place in places if -count <= place < count}
+        self._is_asked = bool(asked)
+        self.taken: list[Tensor | None] = []
+
+    @property
+    def last(self) -> Tensor | None:
+        """The last of those taken, None if it is not asked for."""
+        return self.taken[-1] if self.taken else None
+
+    def take(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """Return rows x (T, D), taken if they are asked for.
+
+        What follows is made of what is taken, so that gradients flow through it.
+        """
+        if not self._is_asked:
+            return x
+        if len(self.taken) not in self._places:
+            self.taken.append(None)
+            return x
+        self.taken.append(batch.unpack(x))
+        return batch.gather(self.taken[-1]) if torch.is_grad_enabled() else x
+
+
+def _unread(last: Tensor, mask: Tensor) -> Tensor:
+    """Return the states (B, L, D) with NaN in column 0 of rows that begin with padding.
+
+    transformers' heads read it, and being compiled we cannot look and run the original.
+    """
+    wrong = (~mask[:, 0] & mask.any(1))[:, None, None]
+    return torch.cat((torch.where(wrong, torch.nan, last[:, :1]), last[:, 1:]), 1)
 
 
 def _pack(model: nn.Module, family: Family, given: dict[str, Any]) -> PackedBatch:
@@ -192,6 +246,8 @@ def _pool(
     """Return what the pooler makes of each sequence's first row, (B, D)."""
     if not families.not_own(pooler, (f"{family.prefix}Pooler",), cls.__module__):
         first, nonempty = batch.first_rows(x), batch.nonempty()
+        if torch.compiler.is_compiling() and not batch.packed:
+            first = last[:, 0]  # NaN where nothing can be known
         return functional.pool(pooler.dense, pooler.activation, first, nonempty)
     return pooler(last)
 
