@@ -98,7 +98,7 @@ def test_equals_its_original_on_many_batches(name, dtype, padding):
     model = plain(name, dtype)
     for seed in range(8):
         torch.manual_seed(seed)
-        B, L = (2 * (seed + 1), 3 * seed + 1)
+        B, L = 2 * (seed % 4 + 1), 3 * seed + 1
         inputs, real = form(name, model, padding=padding, B=B, L=L)
         check(model, inputs | EVERYTHING, real)
 
