@@ -83,8 +83,6 @@ def test_hooks_in_the_head(name, kind):
             silent.append(part)
         bert_fast.restore(model)
         remove()
-    if silent == ["transform"] or (silent == [""] and kind == "instance"):
-        pytest.xfail(f"a hook on {silent} does not fire")
     assert not silent
 
 
@@ -126,6 +124,8 @@ def test_hooks_on_the_pooler(path):
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "BertForPreTraining"])
 def test_output_changed_on_its_way_to_the_head(name, how):
     """A hook on the base model, which writes into its hidden states or returns others."""
+    if (name, how) == ("BertForPreTraining", "written"):
+        pytest.skip("the original's pooler needs what is written to for its gradient")
     model = plain(name)
 
     def change(module, args, output):

@@ -283,16 +283,19 @@ def test_trainer_takes_up_a_checkpoint(second, tmp_path):
     assert all(map(torch.equal, back.state_dict().values(), whole.model.state_dict().values()))
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+
+
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True},
-    {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2},
-    {"auto_find_batch_size": True}, {"bf16_full_eval": True}], ids="-".join)  # fmt: skip
+    pytest.param(COMPILED, marks=pytest.mark.long), {"auto_find_batch_size": True},
+    {"bf16_full_eval": True}], ids="-".join)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_trainer_options(options, tmp_path):
     run = trainer("BertForSequenceClassification", tmp_path, True, **{"max_steps": 4} | options)
     with packed() as rows:
         run.train()
         assert np.isfinite(run.evaluate()["eval_loss"])
-    assert rows or "torch_compile" in options
+    assert rows or options is COMPILED  # where tracing calls it, and strict would have raised
     assert len(losses(run)) == run.args.max_steps
 
 
