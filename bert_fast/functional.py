@@ -222,7 +222,7 @@ def _joins(x: Tensor) -> bool:
 
 def self_attention(
     projections: Projections,
-    dropout: nn.Module,
+    p: float,
     heads: int,
     x: Tensor,
     layout: Layout,
@@ -232,11 +232,10 @@ def self_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention's context (T, H K) of rows x (T, D), and if wanted the probabilities.
 
-    Those are (B, H, L, L), of H heads. Of a dropout only its probability is used.
+    Those are (B, H, L, L), of H heads, after a dropout with the probability p.
     """
     qkv = projections(x)
     qkv = qkv.unflatten(2, (heads, qkv.shape[2] // heads))
-    p = dropout_p(dropout, seed)
     context = ops.attention(
         qkv,
         layout.cu_seqlens,

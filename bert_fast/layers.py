@@ -48,8 +48,9 @@ class BertSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the context (T, D) and, if wanted, the probabilities (B, H, L, L)."""
         parts = Projections(self.query, self.key, self.value)
+        p = functional.dropout_p(self.dropout, seed)
         args = x, layout, seed, self.site, output_attentions
-        return functional.self_attention(parts, self.dropout, self.num_attention_heads, *args)
+        return functional.self_attention(parts, p, self.num_attention_heads, *args)
 
 
 class BertSelfOutput(nn.Module):

@@ -316,7 +316,6 @@ def test_export():
     torch.testing.assert_close(exported.module()(**inputs).last_hidden_state, expected)
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="the head is not asked whether")
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM"])
 def test_export_of_a_head(name):
     model = plain(name)

@@ -114,12 +114,6 @@ def test_dropout_of_a_frozen_part(name):
     check(model, inputs, real)
 
 
-@pytest.mark.xfail(
-    V5,
-    raises=AssertionError,
-    strict=True,
-    reason="attention's dropout follows its module's mode, which transformers 5 does not look at",
-)
 def test_dropout_modules_alone_in_training():
     """Monte Carlo dropout: transformers 5 asks attention, not its dropout, for its mode."""
     model = plain(attention_probs_dropout_prob=0.5)

@@ -5,4 +5,9 @@ A fault of ours is no reason. `transformers_suite.py` fails where one is missing
 that has one passes.
 """
 
-REASONS: dict[str, str] = {}  # pattern, as of fnmatch, of "model::Class::test" -> reason
+REASONS: dict[str, str] = {  # pattern, as of fnmatch, of "model::Class::test" -> reason
+    "*::test_retain_grad_hidden_states_attentions": (
+        "attentions are computed beside attention, which never holds them: gradients do not flow"
+        " through them (docs/numerics.md, accelerated models); through hidden states they do"
+    ),
+}

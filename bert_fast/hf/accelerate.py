@@ -41,24 +41,25 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: want a torch.nn.Module, got {type(model).__name__}")
-    encoders = 0
-    try:
-        for module in _mark(model, strict):
-            mark = module.__dict__[MARK]
-            family = families.family(mark.owner)
-            if family is not None:
-                encoders += 1
-                reason = families.why_not(module, mark.owner, family)
-                if reason:
-                    mark.refuse(module, reason)
-        if not encoders:
-            reason = f"{type(model).__name__} holds no BERT of transformers: nothing is accelerated"
-            if strict:
-                raise NotImplementedError(reason)
-            warnings.warn(f"bert_fast: {reason}", stacklevel=2)
-    except NotImplementedError:
-        remove_marks(model)
-        raise
+    found = _known(model)
+    encoders = [(module, owner) for module, owner in found if families.family(owner) is not None]
+    reasons = {
+        module: families.why_not(module, owner, families.family(owner))
+        for module, owner in encoders
+    }
+    if strict:  # before anything is changed
+        for module, reason in reasons.items():
+            if reason:
+                raise NotImplementedError(f"{type(module).__name__}: {reason}")
+    if not encoders:
+        reason = f"{type(model).__name__} holds no BERT of transformers: nothing is accelerated"
+        if strict:
+            raise NotImplementedError(reason)
+        warnings.warn(f"bert_fast: {reason}", stacklevel=2)
+    _mark(found, strict)
+    for module, reason in reasons.items():
+        if reason:
+            module.__dict__[MARK].refuse(module, reason)
     _compile_again()
     return model
 
@@ -103,7 +104,7 @@ def patch_transformers(*, strict: bool = False) -> Iterator[None]:
             def post_init(self: Any) -> None:
                 original(self)
                 if _blocks:
-                    _mark(self, _blocks[-1])
+                    _mark(_known(self), _blocks[-1])
 
             PreTrainedModel.post_init = post_init
         _blocks.append(strict)
@@ -116,20 +117,21 @@ def patch_transformers(*, strict: bool = False) -> Iterator[None]:
                 PreTrainedModel.post_init = PreTrainedModel.post_init.__wrapped__
 
 
-def _mark(model: nn.Module, strict: bool) -> list[nn.Module]:
-    """Mark what can be replaced in a model, and return it."""
-    found = []
-    for module in model.modules():
-        owner = families.known(type(module)) or sentences.known(type(module))
-        if owner is not None:
-            prepare(owner)
-            module.__dict__[MARK] = Mark(owner, strict)
-            found.append(module)
-    marks = [module.__dict__[MARK] for module in found]
-    scored = any(families.is_head(mark.owner) for mark in marks)
-    for mark in marks:
-        mark.scored = scored
-    return found
+def _known(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """Return what can be replaced in a model, each with its class in the other library."""
+    owners = (
+        (module, families.known(type(module)) or sentences.known(type(module)))
+        for module in model.modules()
+    )
+    return [(module, owner) for module, owner in owners if owner is not None]
+
+
+def _mark(found: list[tuple[nn.Module, type]], strict: bool) -> None:
+    """Mark what was found in a model."""
+    scored = any(families.is_head(owner) for _, owner in found)
+    for module, owner in found:
+        prepare(owner)
+        module.__dict__[MARK] = Mark(owner, strict, scored)
 
 
 def prepare(owner: type) -> None:

@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
     Attributes:
         projections: query, key, value.
-        attention_dropout: whose probability attention takes.
+        attention_p: the probability that attention drops with.
         heads: H.
         attention_output: dense, dropout, LayerNorm.
         intermediate: dense, activation.
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     """
 
     projections: Projections
-    attention_dropout: nn.Module
+    attention_p: float
     heads: int
     attention_output: tuple[nn.Module, nn.Module, nn.Module]
     intermediate: tuple[nn.Module, nn.Module]
@@ -79,6 +79,16 @@ def activation(module: nn.Module) -> nn.Module:
     return module if ours is None or not functional.is_plain(module, type(module)) else ours
 
 
+def _attention_p(own: nn.Module) -> float:
+    """Return the probability in force in a self-attention.
+
+    Who says whether it is in training is the attention itself from transformers 5 on, which keeps
+    its scaling, and before that its dropout.
+    """
+    asked = own if hasattr(own, "scaling") else own.dropout
+    return getattr(own.dropout, "p", 0.0) if asked.training else 0.0
+
+
 # --- BERT, RoBERTa, XLM-RoBERTa, ELECTRA ---------------------------------------------------------
 
 
@@ -93,7 +103,7 @@ def _bert_layer(layer: nn.Module) -> Layer:
     own, after = attention.self, attention.output
     return Layer(
         Projections(own.query, own.key, own.value),
-        own.dropout,
+        _attention_p(own),
         own.num_attention_heads,
         (after.dense, after.dropout, after.LayerNorm),
         (up.dense, activation(up.intermediate_act_fn)),
@@ -132,7 +142,7 @@ def _distilbert_layer(layer: nn.Module) -> Layer:
     own, ffn = layer.attention, layer.ffn
     return Layer(
         Projections(own.q_lin, own.k_lin, own.v_lin),
-        own.dropout,
+        _attention_p(own),
         own.n_heads,
         (own.out_lin, _NO_DROPOUT, layer.sa_layer_norm),
         (ffn.lin1, activation(ffn.activation)),

@@ -69,9 +69,13 @@ def _unsupported(given: dict[str, Any]) -> str:
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return "its attention_mask is not (B, L)"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "it is being exported"
-    return ""
+    return _being_exported()
+
+
+def _being_exported() -> str:
+    """Return a reason for the original code, whose graph needs no op of ours; empty: it is not."""
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return "it is being exported" if exported else ""
 
 
 def version_of(t: Tensor) -> int | None:
@@ -233,7 +237,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows (T, D) after a layer and, if wanted, its probabilities (B, H, L, L)."""
     layer, add_layer_norm = family.layer(block), functional.linear_add_layer_norm
-    attention = layer.projections, layer.attention_dropout, layer.heads
+    attention = layer.projections, 0.0 if seed is None else layer.attention_p, layer.heads
     context, probs = functional.self_attention(*attention, x, batch, seed, site, want_probs)
     x = add_layer_norm(*layer.attention_output, context, x, seed, site + 1)
     h = functional.linear_gelu(*layer.intermediate, x)
@@ -277,11 +281,11 @@ def score(head: nn.Module, cls: type, hidden: Tensor) -> Tensor:
     known = None if torch.compiler.is_compiling() else _unpacked.get(hidden)
     if known is not None and known.version != version_of(hidden):
         known = None
-    transform = head._modules.get("transform")
-    if transform is not None:
+    transform, reason = head._modules.get("transform"), _being_exported()
+    if transform is not None and not reason:
         reason = families.not_own(transform, ("BertPredictionHeadTransform",), cls.__module__)
-        if reason:
-            raise NotImplementedError(reason)
+    if reason:
+        raise NotImplementedError(reason)
     x = hidden.flatten(0, -2) if known is None else known.rows
     if transform is not None:  # BERT's
         parts = transform.dense, families.activation(transform.transform_act_fn)
