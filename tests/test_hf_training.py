@@ -18,7 +18,6 @@ from distributed_worker import RANKS
 from hf_cases import (
     BASES,
     LAYERS,
-    V5,
     check,
     form,
     labels,
