@@ -10,9 +10,11 @@ the times do mean something. The vocabulary is learnt from the page itself.
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import checkout  # noqa: F401
 import encoder
@@ -142,9 +144,8 @@ def table_of(run: Run, title: str) -> Table:
     return table
 
 
-def machine_of(run: Run, rounds: int) -> str:
-    """Return where a run was measured, in a line."""
-    found = run.data["environment"]
+def machine_of(found: Mapping[str, Any], rounds: int) -> str:
+    """Return where something was measured, in a line."""
     return (
         f"{found['device']}, {found['threads']} threads, torch {found['torch']},"
         f" transformers {found['transformers']}, medians of {rounds} rounds in turn"
@@ -172,7 +173,7 @@ def main() -> int:
         run.set("environment", machine.environment(device))
         harness.measure(case, candidates, run, rounds=args.rounds)
     console.print(table_of(run, "BERT-base, fp32"))
-    console.print(machine_of(run, args.rounds))
+    console.print(machine_of(run.data["environment"], args.rounds))
     console.print(str(bert_fast.report()))
     return int(run.row(case.name, "bert_fast")["state"] != "measured")
 

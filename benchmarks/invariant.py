@@ -159,7 +159,7 @@ def main() -> int:
             right.append(add_row(table, run, name, what, args))
     console = Console(width=120)
     console.print(table)
-    console.print(demo.machine_of(run, args.rounds))
+    console.print(demo.machine_of(run.data["environment"], args.rounds))
     return int(not all(right))
 
 

@@ -102,7 +102,7 @@ def main() -> int:
         harness.measure(case, candidates, run, rounds=args.rounds)
     console = Console(width=100)
     console.print(demo.table_of(run, case.name))
-    console.print(demo.machine_of(run, args.rounds))
+    console.print(demo.machine_of(run.data["environment"], args.rounds))
     return int(run.row(case.name, "bert_fast")["state"] != "measured")
 
 
