@@ -25,13 +25,14 @@ import memory
 import peers
 import torch
 import workload
-from gate import DTYPES, Candidate, Case, Outputs, Prepared, Work
+from gate import Candidate, Case, Outputs, Prepared, Work
 from record import Run
 from rich.console import Console
 from rich.table import Table
 from workload import Batch
 
 import bert_fast
+from bert_fast.accuracy import DTYPES
 
 SEED = 20_261_122
 LENGTHS = {
