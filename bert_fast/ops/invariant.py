@@ -54,10 +54,10 @@ def batch_invariant(on: bool = True) -> Setting:
     promised are the gradients of weights, which are sums over the batch, losses, and modules that
     are not this package's.
 
-    On the CPU an inference of BERT-base took 1.1 times the time for 128 tokens, 1.1 to 1.3 times
-    for 8 x 128 and 1.5 to 1.6 times for 16 (by oneDNN in fp32 and bf16, one thread of an AMD EPYC
-    beside other work, 2026-11-22); `benchmarks/invariant.py` measures it. On a GPU, where matrix
-    products of our own take the place of cuBLAS's, neither cost nor bits have been measured yet.
+    On the CPU an inference of BERT-base took 1.15 to 1.2 times the time for 128 tokens and more,
+    and for 16 tokens 1.8 times in fp32, 1.4 in bf16 (by oneDNN, 2 cores of an AMD EPYC,
+    2026-11-22); `benchmarks/invariant.py` measures it. On a GPU, where matrix products of our own
+    take the place of cuBLAS's, neither cost nor bits have been measured yet.
 
     The environment variable BERT_FAST_BATCH_INVARIANT=1 turns it on from the start.
 
