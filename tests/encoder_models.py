@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_fast import BertConfig, BertForMaskedLM, BertTokenizer
+from bert_fast import BertConfig, BertForMaskedLM, BertForPreTraining, BertTokenizer
 
 TEXTS = [
     "Call me Ishmael.",
@@ -36,4 +36,11 @@ def save_tiny(directory: Path) -> Path:
     torch.manual_seed(0)
     BertForMaskedLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_for(page: str, directory: Path) -> Path:
+    """Save a random BERT-tiny with the heads of pre-training, and a tokenizer of a page."""
+    BertForPreTraining(BertConfig.named("tiny", vocab_size=200)).save_pretrained(directory)
+    BertTokenizer.train(page.splitlines(), vocab_size=200).save_pretrained(directory)
     return directory

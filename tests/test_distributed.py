@@ -1,10 +1,6 @@
 """Our models under torch's and accelerate's wrappers, and as whole pickled files."""
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import accelerate
 import distributed_worker as worker
@@ -14,34 +10,15 @@ import torch.nn.utils.prune
 from accelerate.state import AcceleratorState
 from against_transformers import batch, outside, pair
 from head_cases import HEADS
+from run_ranks import run_ranks
 
 import bert_fast
-
-TESTS = Path(__file__).resolve().parent
-TIMEOUT = 240  # seconds; about 15 are needed
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes on the CPU ended with, by scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in range(worker.RANKS):
-        results = folder / f"rank{rank}.pt"
-        command = [sys.executable, worker.__file__, str(rank), str(folder / "rendezvous"), results]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append((subprocess.Popen(command, env=env, **pipes), results))
-    try:
-        for process, _ in started:
-            printed, _ = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, printed
-    finally:
-        for process, _ in started:
-            process.kill()
-            process.wait()
-    return [torch.load(results) for _, results in started]
+    return run_ranks(worker.__file__, worker.RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("scenario", worker.SCENARIOS)

@@ -2,11 +2,7 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import hf_distributed_worker as worker
 import numpy as np
@@ -26,6 +22,7 @@ from hf_cases import (
     plain,
     structure,
 )
+from run_ranks import run_ranks
 from torch import nn
 from toy_text import VOCABULARY, examples, tokenizer
 
@@ -407,24 +404,7 @@ def test_accelerating_and_restoring_leaks_nothing(count):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes on the CPU ended with, by scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in range(RANKS):
-        results = folder / f"rank{rank}.pt"
-        command = [sys.executable, worker.__file__, str(rank), str(folder / "rendezvous"), results]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append((subprocess.Popen(command, env=env, cwd=folder, **pipes), results))
-    try:
-        for process, _ in started:
-            printed, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, printed
-    finally:
-        for process, _ in started:
-            process.kill()
-            process.wait()
-    return [torch.load(results) for _, results in started]
+    return run_ranks(worker.__file__, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("scenario", worker.SCENARIOS)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from encoder_models import save_for
 
-import bert_fast
 from bert_fast.hf.marks import MARK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,11 +19,7 @@ SECTIONS = ("transformers", "sentence-transformers", "flash-attn", "BetterTransf
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model and a tokenizer, where the page says path-or-hub-id."""
-    directory = tmp_path_factory.mktemp("migration") / "model"
-    config = bert_fast.BertConfig.named("tiny", vocab_size=200)
-    bert_fast.BertForPreTraining(config).save_pretrained(directory)
-    bert_fast.BertTokenizer.train(PAGE.splitlines(), vocab_size=200).save_pretrained(directory)
-    return directory
+    return save_for(PAGE, tmp_path_factory.mktemp("migration") / "model")
 
 
 def section(name):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_models import save_for
 
-import bert_fast
 from bert_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,11 +32,7 @@ def blocks(language):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A directory with a model, where the README says path-or-hub-id."""
-    directory = tmp_path_factory.mktemp("readme") / "model"
-    config = bert_fast.BertConfig.named("tiny", vocab_size=200)
-    bert_fast.BertForPreTraining(config).save_pretrained(directory)
-    bert_fast.BertTokenizer.train(README.splitlines(), vocab_size=200).save_pretrained(directory)
-    return directory
+    return save_for(README, tmp_path_factory.mktemp("readme") / "model")
 
 
 @pytest.mark.parametrize("code", blocks("python"))
