@@ -116,12 +116,12 @@ def pad(
 def digests(ids: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
     """Return (B,) uint64: a number of 64 bits for each example, made of its ids (T,) int64."""
     place = positions(cu_seqlens).astype(np.uint64) + np.uint64(1)
-    mixed = _mix(ids.astype(np.uint64) + place * np.uint64(0x9E3779B97F4A7C15))
+    mixed = mix(ids.astype(np.uint64) + place * np.uint64(0x9E3779B97F4A7C15))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-    return _mix(sums[cu_seqlens[1:]] - sums[cu_seqlens[:-1]])
+    return mix(sums[cu_seqlens[1:]] - sums[cu_seqlens[:-1]])
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """Return x (uint64) with each bit depending on every one: the last steps of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -176,8 +176,8 @@ def mask(
         place = f"in example {b}, token {t - cu_seqlens[b]}"
         raise ValueError(f"input_ids: want 0 to {len(table) - 1}, got {ids[t]} {place}")
     place, number = positions(cu_seqlens), np.repeat(index, np.diff(cu_seqlens))
-    order = _words(seed, 2 * epoch, place // 4, number)[np.arange(len(ids)), place % 4]
-    pairs = _words(seed, 2 * epoch + 1, place // 2, number).reshape(-1, 2, 2)
+    order = words(seed, 2 * epoch, place // 4, number)[np.arange(len(ids)), place % 4]
+    pairs = words(seed, 2 * epoch + 1, place // 2, number).reshape(-1, 2, 2)
     action, drawn = pairs[np.arange(len(ids)), place % 2].T
 
     candidate = table[ids] & SPECIAL == 0
@@ -227,7 +227,7 @@ def _choose(
             yield starts[w], ends[w]
 
 
-def _words(seed: int, c0: int, c1: np.ndarray, index: np.ndarray) -> np.ndarray:
+def words(seed: int, c0: int, c1: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Return (T, 4) int64: four random 32-bit words for each counter."""
     key = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
     low, high = index & np.uint64(_WORD - 1), index >> np.uint64(32)

@@ -64,9 +64,10 @@ class _Optimizer(torch.optim.Optimizer):
     Attributes:
         max_grad_norm: the norm to which all gradients together are scaled down; None: they are not.
         master_weights: whether 16-bit parameters have an fp32 master.
+        skip_nonfinite: whether a step whose norm is not finite changes nothing; otherwise it is
+            made as torch.optim makes it, and leaves NaN.
         grad_norm: () fp32, the norm of all gradients at the last step, before clipping; None
-            before it and where max_grad_norm is None. A step whose norm is not finite is made as
-            torch.optim makes it, and leaves NaN.
+            before it and where neither of the above asks for it.
     """
 
     _step_supports_amp_scaling = True  # GradScaler leaves grad_scale and found_inf to us
@@ -78,17 +79,19 @@ class _Optimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         max_grad_norm: float | None,
         master_weights: bool | None,
+        skip_nonfinite: bool,
     ):
         _check(**defaults)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: want more than 0 or None, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.master_weights = master_weights is not False
+        self.skip_nonfinite = skip_nonfinite
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "master_weights": self.master_weights}
-        return super().__getstate__() | own
+        own = "max_grad_norm", "master_weights", "skip_nonfinite"
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own, as torch.optim.Optimizer does.
@@ -173,13 +176,19 @@ class _Optimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         lists = self._lists()
         norms: dict[torch.device, Tensor] = {}
-        if self.max_grad_norm is not None and lists:
+        if lists and (self.max_grad_norm is not None or self.skip_nonfinite):
             norms = self._norms(lists.values(), grad_scale)
             self.grad_norm = next(iter(norms.values()))
         for (device, beta1, beta2, eps), one in lists.items():
-            clip = 0.0 if self.max_grad_norm is None else float(self.max_grad_norm)
-            on_device = norms.get(device), _on(grad_scale, device), _on(found_inf, device)
-            self._run(*one.args(), beta1, beta2, eps, clip, *on_device)
+            skip = _on(found_inf, device)
+            if self.skip_nonfinite:
+                bad = (~norms[device].isfinite()).float()
+                skip = bad if skip is None else torch.maximum(skip.reshape(()), bad)
+            clip, norm = 0.0, None
+            if self.max_grad_norm is not None:
+                clip, norm = float(self.max_grad_norm), norms[device]
+            scale = _on(grad_scale, device)
+            self._run(*one.args(), beta1, beta2, eps, clip, norm, scale, skip)
             torch.autograd.graph.increment_version(one.params)
         return loss
 
@@ -252,6 +261,7 @@ class AdamW(_Optimizer):
             Gradients themselves are not changed.
         master_weights: whether 16-bit parameters have an fp32 master; None: they have. It is made
             at the first step: load weights before.
+        skip_nonfinite: change nothing at a step whose gradients' norm is not finite.
 
     Raises:
         ValueError: a hyperparameter out of its range.
@@ -267,9 +277,10 @@ class AdamW(_Optimizer):
         *,
         max_grad_norm: float | None = None,
         master_weights: bool | None = None,
+        skip_nonfinite: bool = False,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, max_grad_norm, master_weights)
+        super().__init__(params, defaults, max_grad_norm, master_weights, skip_nonfinite)
 
     def _run(self, *args: Any) -> None:
         ops.adamw_(*args)
@@ -291,6 +302,7 @@ class LAMB(_Optimizer):
         always_adapt: scale the steps of parameters without weight decay too.
         master_weights: whether 16-bit parameters have an fp32 master; None: they have. It is made
             at the first step: load weights before.
+        skip_nonfinite: change nothing at a step whose gradients' norm is not finite.
 
     Raises:
         ValueError: a hyperparameter out of its range.
@@ -307,10 +319,11 @@ class LAMB(_Optimizer):
         max_grad_norm: float | None = 1.0,
         always_adapt: bool = False,
         master_weights: bool | None = None,
+        skip_nonfinite: bool = False,
     ):
         self.always_adapt = always_adapt
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, max_grad_norm, master_weights)
+        super().__init__(params, defaults, max_grad_norm, master_weights, skip_nonfinite)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"always_adapt": self.always_adapt}
