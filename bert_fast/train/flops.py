@@ -114,7 +114,7 @@ def peak(device: torch.device | str, dtype: torch.dtype) -> Peak:
     known = flops is not None
     flops = flops if known else measured_peak(device, dtype)
     whose = "its vendor's figure" if known else "measured with a matrix product"
-    said = f"{flops / 1e12:,.4g} TFLOP/s of {name} in {_SHORT[dtype]}, {whose}"
+    said = f"{flops / 1e12:,.3g} TFLOP/s of {name} in {_SHORT[dtype]}, {whose}"
     return Peak(flops, said)
 
 
