@@ -1,0 +1,108 @@
+"""The curves of a run: what is drawn, from whatever records there are."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from bert_fast.train import plot as module
+from bert_fast.train.metrics import METRICS
+from bert_fast.train.plot import CURVES, plot
+
+ENTROPY = 6.9
+
+
+def run(directory, *, evaluations=True, count=20):
+    """A run whose losses fall, with a half line at its end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    records = [{"kind": "start", "step": 0, "formula": "3 (...)"}]
+    for i in range(1, count + 1):
+        records.append(
+            {
+                **{"kind": "train", "step": 10 * i, "mlm_loss": 7 - i / 10},
+                **{"nsp_accuracy": 0.5 + i / 100, "tokens_per_second": 1e4 + i},
+            }
+        )
+    records[1]["mlm_loss"] = None  # was NaN
+    if evaluations:
+        more = {"mlm_loss": 6.5, "nsp_accuracy": 0.55, "unigram_entropy": ENTROPY}
+        records += [{"kind": "evaluation", "step": s, **more} for s in (100, 200)]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (directory / METRICS).write_text(lines + '{"kind": "tra')
+    return directory
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels as they are drawn into."""
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
+    found, draw = [], module._draw
+
+    def keep(panels, *rest):
+        found.append(panels)
+        draw(panels, *rest)
+
+    monkeypatch.setattr(module, "_draw", keep)
+    return found
+
+
+def lines_of(panel):
+    return {line.get_label(): line for line in panel.get_lines()}
+
+
+def test_losses_accuracies_and_throughput(tmp_path, drawn):
+    target = tmp_path / CURVES
+    assert plot(run(tmp_path), target) == f"curves in {target}"
+    assert target.read_bytes().startswith(b"\x89PNG") and target.stat().st_size > 10_000
+    assert {p.name for p in tmp_path.iterdir()} == {METRICS, CURVES}
+    loss, accuracy, rate = drawn[0]
+    curves = lines_of(loss)
+    assert [*curves] == ["training", "held out", "unigram entropy, held out"]
+    steps, values = curves["training"].get_data()
+    assert [*steps] == [*range(20, 210, 10)]  # step 10 has no loss
+    assert np.allclose(values, 7 - np.arange(2, 21) / 10)
+    entropy = curves["unigram entropy, held out"]
+    assert entropy.get_linestyle() == "--" and {*entropy.get_ydata()} == {ENTROPY}
+    assert [*lines_of(accuracy)] == ["training", "held out"]
+    assert rate.get_lines()[0].get_ydata()[-1] == 1e4 + 20
+    labels = [panel.get_ylabel() for panel in drawn[0]]
+    assert "nats" in labels[0] and "tokens per second" in labels[2]
+    assert rate.get_xlabel() == "steps"
+
+
+def test_several_runs_side_by_side(tmp_path, drawn):
+    runs = [run(tmp_path / "a"), run(tmp_path / "b" / "x", evaluations=False)]
+    runs.append(run(tmp_path / "c" / "x") / METRICS)
+    plot(runs, tmp_path / "both.png")
+    names = {label.rpartition(": ")[0] for label in lines_of(drawn[0][0])}
+    assert names == {"a", *(str(tmp_path / d / "x" / METRICS) for d in "bc")}
+    colors = {line.get_color() for line in drawn[0][2].get_lines()}
+    assert len(colors) == 3
+
+
+def test_without_records(tmp_path):
+    (tmp_path / METRICS).write_text('{"kind": "start", "step": 0}\n')
+    assert "no records" in plot(tmp_path, tmp_path / CURVES)
+    assert not (tmp_path / CURVES).exists()
+    with pytest.raises(FileNotFoundError):
+        plot(tmp_path / "none", tmp_path / CURVES)
+
+
+def test_without_matplotlib_a_note(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in plot(run(tmp_path), tmp_path / CURVES)
+    assert not (tmp_path / CURVES).exists()
+
+
+def test_a_curve_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch, drawn):
+    target = tmp_path / CURVES
+    target.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        plot(run(tmp_path), target)
+    assert target.read_bytes() == b"old"
