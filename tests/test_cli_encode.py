@@ -18,7 +18,7 @@ from cli_cases import call, process, work_in
 from encoder_models import TEXTS, minilm
 
 from bert_fast.encode import Encoder
-from bert_fast.encode.progress import Progress
+from bert_fast.progress import Progress
 
 
 @pytest.fixture

@@ -162,8 +162,8 @@ def encode(
     on where it stopped, and gives the same file. Under torchrun each process takes a share:
     torchrun --nproc-per-node 2 -m bert_fast encode ...
     """
-    from bert_fast.encode.progress import Progress
     from bert_fast.encode.stream import check_files, encode_file, ranks
+    from bert_fast.progress import Progress
 
     output_options = {
         "precision": precision.value,
@@ -255,7 +255,7 @@ def verify(
     A model of transformers, that is. The texts are one batch. The exit status is 1 if an error is
     above what is allowed: twice the original's own in that dtype, and what rounding may add.
     """
-    from bert_fast.encode.readers import Reader
+    from bert_fast.data.readers import Reader
     from bert_fast.hf.verify import VerificationError, verify_pretrained
 
     texts = [row.text for row in islice(Reader(text), most) if row.text]
@@ -372,6 +372,6 @@ def _device(wanted: str | None, world: int) -> str | None:
 def _texts(text: str) -> Iterable[str]:
     if text != "-":
         return [text]
-    from bert_fast.encode.readers import Reader
+    from bert_fast.data.readers import Reader
 
     return (row.text for row in Reader("-") if row.text)

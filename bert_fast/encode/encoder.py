@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from bert_fast.encode.fill_mask import fill_mask
 from bert_fast.encode.pooling import POOLING, Pipeline, pool, read_pipeline
-from bert_fast.encode.progress import Progress
 from bert_fast.files import find_directory
 from bert_fast.heads import BertForMaskedLM
 from bert_fast.model import BertModel
+from bert_fast.progress import Progress
 from bert_fast.tokenizer import BertTokenizer
 
 # Texts that are tokenized at a time: their ids are kept as arrays, tokenizers' objects are not.

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_fast.data.readers import STDIN, Reader, Row
 from bert_fast.encode.peers import Peers, ranks
-from bert_fast.encode.readers import STDIN, Reader, Row
 from bert_fast.encode.work import Work
 from bert_fast.encode.writers import Rows, Writer, check_output, writer_of
 from bert_fast.ops.invariant import is_batch_invariant

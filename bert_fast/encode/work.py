@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bert_fast.data.readers import STDIN
 from bert_fast.encode.peers import Peers
-from bert_fast.encode.readers import STDIN
 from bert_fast.files import read_json, staged
 
 MANIFEST, PUBLISHING, JOINED, LOCK = "manifest.json", "publishing.json", "joined", "lock"

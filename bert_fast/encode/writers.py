@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from bert_fast.encode.readers import Row
+from bert_fast.data.readers import Row
 
 PRECISIONS = ("float32", "float16")
 _GROUP_BYTES = 32_000_000  # of vectors in a row group of a .parquet file

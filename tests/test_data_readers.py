@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_fast.encode import readers
-from bert_fast.encode.readers import MAX_CHARACTERS, BadLineError, Reader
+from bert_fast.data import readers
+from bert_fast.data.readers import MAX_CHARACTERS, BadLineError, Reader
 
 
 def read(tmp_path, raw, name="a.txt", **options):

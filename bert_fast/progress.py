@@ -1,4 +1,4 @@
-"""How far an encoding is, on the standard error: a bar on a terminal, else a line now and then."""
+"""How far a long work is, on the standard error: a bar on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -14,11 +14,20 @@ class Progress:
     Args:
         total: how much there is to do, in any unit; None: nobody knows.
         shown: False keeps it quiet; None shows it where the standard error is a terminal.
+        label: what is done.
+        unit: what the rate counts.
     """
 
-    def __init__(self, total: int | None = None, shown: bool | None = True) -> None:
+    def __init__(
+        self,
+        total: int | None = None,
+        shown: bool | None = True,
+        label: str = "encode",
+        unit: str = "texts",
+    ) -> None:
         terminal = sys.stderr.isatty()
         self._total, self._terminal = total, terminal
+        self._label, self._unit = label, unit
         self._shown = terminal if shown is None else shown
         self._started = self._last = time.monotonic()
         self._bar: Any = None
@@ -32,13 +41,13 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("encode"),
+                TextColumn(self._label),
                 BarColumn(),
                 TextColumn("{task.fields[facts]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("encode", total=self._total, facts="")
+            self._task = self._bar.add_task(self._label, total=self._total, facts="")
             self._bar.start()
         return self
 
@@ -60,21 +69,21 @@ class Progress:
         else:
             print(message, file=sys.stderr, flush=True)
 
-    def update(self, completed: int, texts: int, facts: str) -> None:
+    def update(self, completed: int, done: int, facts: str) -> None:
         """Show how far it is.
 
         Args:
             completed: of the total.
-            texts: how many were encoded here since the start, which tells the rate.
+            done: units since the start, which tell the rate.
             facts: what to say.
         """
         now = time.monotonic()
         passed = max(now - self._started, 1e-9)
-        facts += f", {texts / passed:,.0f} texts/s"
+        facts += f", {done / passed:,.0f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, facts=facts)
         elif self._shown:
-            if self._total and completed and texts:
+            if self._total and completed and done:
                 left = passed * (self._total / completed - 1)
                 facts += f", {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left"
             self._line = f"bert-fast: {facts}"
