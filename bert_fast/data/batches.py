@@ -86,6 +86,10 @@ class Batches(Dataset):
         """Return how many micro-batches an epoch has."""
         return len(self._epoch(epoch)[1]) - 1
 
+    def numbers(self, position: tuple[int, int]) -> list[int]:
+        """Return what the pairs of a micro-batch are known by: the numbers of first sentences."""
+        return self.pairs(position).number.tolist()
+
     def pairs(self, position: tuple[int, int]) -> Pairs:
         """Return the pairs of a micro-batch."""
         epoch, number = position
@@ -156,10 +160,12 @@ class Step(NamedTuple):
 
     Attributes:
         batches: its micro-batches, each with its number in the step.
+        positions: of them.
         after: where the next step begins.
     """
 
     batches: list[tuple[int, Batch]]
+    positions: list[Position]
     after: Position
 
 
@@ -199,7 +205,8 @@ def steps(
     mine = range(rank, micro_batches, world)
     made = iter(loader)
     for positions in _plan(batches, start, micro_batches):
-        yield Step([(number, next(made)) for number in mine], _after(batches, positions[-1]))
+        own = [(number, next(made)) for number in mine]
+        yield Step(own, positions[rank::world], _after(batches, positions[-1]))
 
 
 class _Mine:

@@ -112,7 +112,7 @@ class Checkpoints:
         config.architectures = config.architectures or ["BertForPreTraining"]
         config.dtype = torch.float32
         described = _json({"step": state.step, "position": state.position, "facts": state.facts})
-        path = self.directory / f"step-{state.step:08}"
+        path = self.path_of(state.step)
         if os.path.lexists(path) and (other := _foreign(path)):
             raise FileExistsError(f"{path}: want a checkpoint or nothing, got {other}")
         if not self.directory.is_dir():
@@ -166,6 +166,10 @@ class Checkpoints:
             except (ValueError, OSError) as error:
                 note(str(error))
         return None
+
+    def path_of(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint."""
+        return self.directory / f"step-{step:08}"
 
     def _found(self) -> list[Path]:
         """Return what has the name of a checkpoint, the newest first."""

@@ -7,6 +7,7 @@ whole step. Two processes so compute the bits that one does with two micro-batch
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast.train.objective import PreTrainingObjective
@@ -129,6 +131,46 @@ def _shard(objective: PreTrainingObjective, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
     return objective
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW over FSDP2's parameters, with the clipping and skipping of `optim.AdamW`.
+
+    Unlike that one it waits for the device at each step.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: decay of the mean of gradients and of their squares.
+        eps: added to the root of the latter.
+        max_grad_norm: norm to which all gradients together are scaled down; None: never.
+
+    Attributes:
+        grad_norm: () fp32, the norm of all gradients at the last step, before clipping.
+        found_inf: () fp32; not 0: nothing is changed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, foreach=True)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    def step(self, closure: None = None) -> None:
+        """Update the parameters, unless the norm of the gradients is not finite."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        most = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(params, most)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.grad_norm.isfinite() and not self.found_inf:
+            super().step()
 
 
 def without_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -106,7 +106,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """Return the parameter's state, made at its first step."""
         state = self.state[p]
-        if not state:
+        if "step" not in state:
             wide = torch.promote_types(p.dtype, torch.float32)
             like = {"dtype": wide, "memory_format": torch.preserve_format}
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -22,7 +22,15 @@ SKIPPED_IN_A_ROW = 20  # steps with fp16, before training is given up
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient is not finite; the message says of which step, where it was seen first."""
+    """A loss or gradient is not finite, and was not applied.
+
+    Attributes:
+        step: in which it was seen.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
 
 
 class Figures(NamedTuple):
@@ -37,6 +45,7 @@ class Figures(NamedTuple):
         labels: masked tokens.
         pairs: of segments.
         tokens: real ones.
+        squares: the lengths of the sequences, squared and summed.
         grad_norm: norm of the gradients before clipping.
         skipped: steps that were skipped until then, this one too.
         in_a_row: of them behind one another, up to this one.
@@ -50,6 +59,7 @@ class Figures(NamedTuple):
     labels: int
     pairs: int
     tokens: int
+    squares: int
     grad_norm: float
     skipped: int
     in_a_row: int
@@ -96,8 +106,8 @@ class Stepper:
             count_correct: count how many masked tokens are right.
         """
         device = self.ranks.device
+        counts = self.ranks.sum(_counts([b for _, b in step.batches]).to(device, non_blocking=True))
         batches = [(j, to_device(batch, device)) for j, batch in step.batches]
-        counts = self.ranks.sum(_counts(batches).to(device, non_blocking=True))
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
         for j, batch in batches:
             seed_of(self.seed, number, j)
@@ -141,18 +151,15 @@ class Stepper:
             number, event, values = self._pending.pop(0)
             if event is not None:
                 event.synchronize()
-            figures = Figures(number, *values.tolist())
+            figures = _figures(number, values.tolist())
             finite = np.isfinite([figures.mlm, figures.nsp, figures.grad_norm]).all()
             if self.scaler is None and not finite:
-                raise NonFiniteError(
-                    f"step {number}: want a finite loss and gradient, got the loss {figures.loss} "
-                    f"and the norm {figures.grad_norm}; nothing of it was applied"
-                )
+                got = f"the loss {figures.loss} and the norm {figures.grad_norm}"
+                want = "a finite loss and gradient"
+                raise NonFiniteError(number, f"want {want}, got {got}; nothing of it was applied")
             if figures.in_a_row >= SKIPPED_IN_A_ROW:
-                raise NonFiniteError(
-                    f"step {number}: want a finite gradient, got none {SKIPPED_IN_A_ROW} times in"
-                    " a row, at every scale of the loss"
-                )
+                got = f"none {SKIPPED_IN_A_ROW} times in a row, at every scale of the loss"
+                raise NonFiniteError(number, f"want a finite gradient, got {got}")
             found.append(figures)
         return found
 
@@ -168,6 +175,11 @@ class Stepper:
         self._pending.append((number, event, host))
 
 
+def _figures(step: int, values: list[float]) -> Figures:
+    kinds = [Figures.__annotations__[name] for name in Figures._fields[1:]]
+    return Figures(step, *(kind(value) for kind, value in zip(kinds, values, strict=True)))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return a micro-batch on a device; from pinned memory without waiting."""
     return {
@@ -176,10 +188,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def _counts(batches: list[tuple[int, Batch]]) -> Tensor:
-    """Return (3,) int64: masked tokens, pairs and tokens of all micro-batches."""
+def _counts(batches: list[Batch]) -> Tensor:
+    """Return (4,) int64: masked tokens, pairs, tokens, squared lengths of all micro-batches."""
     names = "masked_labels", "next_sentence_label", "input_ids"
-    return torch.tensor([sum(batch[name].numel() for _, batch in batches) for name in names])
+    counts = [sum(batch[name].numel() for batch in batches) for name in names]
+    lengths = torch.cat([batch["cu_seq_lens_q"].diff() for batch in batches]).long()
+    return torch.tensor([*counts, int(lengths.square().sum())])
 
 
 def seed_of(seed: int, step: int, micro_batch: int) -> None:
@@ -211,7 +225,7 @@ def evaluate(
     try:
         for batch in batches:
             _, sums = objective(to_device(batch, ranks.device), ones, True)
-            counts = _counts([(0, batch)])[:2].to(ranks.device)
+            counts = _counts([batch])[:2].to(ranks.device)
             total += torch.cat([torch.stack(sums).double(), counts.double()])
     finally:
         objective.train(training)

@@ -1,0 +1,68 @@
+"""Micro-batches of random ids: for measuring the speed of training where no text is at hand."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from bert_fast.data.batches import Batch
+from bert_fast.data.packing import packed
+
+_FIRST = 5  # ids below are special
+
+
+class SyntheticBatches(Dataset):
+    """Micro-batches as `batches.Batches` makes them, of random pairs, without an end.
+
+    Args:
+        vocab_size: every id is less.
+        lengths: tokens of the sequences, in turn.
+        mlm_probability: share of the tokens to be predicted, all of which [MASK] replaces.
+        seed: 0 to 2**64 - 1.
+        sequences: pairs in a micro-batch; or
+        tokens: tokens in it at most, and as many pairs as fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        lengths: Sequence[int],
+        *,
+        mlm_probability: float,
+        seed: int,
+        sequences: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        self.vocab_size, self.lengths, self.seed = vocab_size, np.array(lengths), seed
+        self.mlm_probability = mlm_probability
+        many = np.resize(self.lengths, sequences or tokens // self.lengths.min() + 1)
+        self.sequences = sequences or int(np.searchsorted(np.cumsum(many), tokens, side="right"))
+
+    def count(self, epoch: int) -> int:
+        """Return how many micro-batches an epoch has."""
+        return 2**31
+
+    def numbers(self, position: tuple[int, int]) -> list[int]:
+        """Return the numbers of the pairs of a micro-batch."""
+        return [*range(position[1] * self.sequences, (position[1] + 1) * self.sequences)]
+
+    def __getitem__(self, position: tuple[int, int]) -> Batch:
+        """Return a micro-batch; its entries are those of `Batches`."""
+        epoch, number = position
+        random = np.random.default_rng([self.seed, epoch, number])
+        turn = np.arange(number * self.sequences, (number + 1) * self.sequences)
+        lengths = self.lengths[turn % len(self.lengths)]
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        place = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+        types = (place >= np.repeat(lengths // 2, lengths)).astype(np.int64)
+        ids = random.integers(_FIRST, self.vocab_size, cu_seqlens[-1])
+        count = max(1, round(self.mlm_probability * len(ids)))
+        where = np.sort(random.choice(len(ids), count, replace=False))
+        labels = ids[where]
+        ids[where] = _FIRST - 1
+        batch = packed(cu_seqlens, {"input_ids": ids, "token_type_ids": types})
+        batch["masked_positions"] = torch.from_numpy(where)
+        batch["masked_labels"] = torch.from_numpy(labels)
+        batch["next_sentence_label"] = torch.from_numpy(random.integers(0, 2, self.sequences))
+        return batch

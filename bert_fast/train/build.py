@@ -1,0 +1,190 @@
+"""From settings to what a run consists of: texts, model, optimizer."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bert_fast.config import BertConfig
+from bert_fast.data.batches import Batch, Batches
+from bert_fast.data.masking import MaskingRule
+from bert_fast.data.shards import Corpus
+from bert_fast.data.synthetic import SyntheticBatches
+from bert_fast.heads import BertForPreTraining
+from bert_fast.tokenizer import BertTokenizer
+from bert_fast.train.distributed import Ranks, ShardedAdamW, wrap
+from bert_fast.train.objective import PreTrainingObjective
+from bert_fast.train.optim import LAMB, AdamW, decay_groups
+from bert_fast.train.settings import Phase, PretrainSettings
+from bert_fast.train.state import TrainingState, restore
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SYNTHETIC_VOCABULARY = 30522  # the published models'
+_HELD_OUT_SEED = 0  # of the pairs and masks of every evaluation
+
+
+class Texts:
+    """What a run learns from: a corpus with its tokenizer, or random ids.
+
+    Args:
+        settings: of the run.
+        verify: compare the corpus's files with its manifest.
+
+    Attributes:
+        corpus: None: the ids are random.
+        tokenizer: as it was when the corpus was made; None with random ids.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no corpus, or it is damaged.
+    """
+
+    def __init__(self, settings: PretrainSettings, *, verify: bool = True) -> None:
+        self._settings = settings
+        self.corpus: Corpus | None = None
+        self.tokenizer: BertTokenizer | None = None
+        if not settings.data.synthetic:
+            self.corpus = Corpus(settings.data.corpus, verify=verify)
+            self.tokenizer = BertTokenizer.from_pretrained(self.corpus.path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is less."""
+        if self.corpus is None:
+            return self._settings.data.vocab_size or _SYNTHETIC_VOCABULARY
+        return self.corpus.vocab_size
+
+    @property
+    def digest(self) -> str:
+        """What the corpus is known by."""
+        return "" if self.corpus is None else self.corpus.digest
+
+    @property
+    def unigram_entropy(self) -> float | None:
+        """Entropy of the training tokens in nats: the loss of guessing by frequency."""
+        return None if self.corpus is None else self.corpus.manifest.get("unigram_entropy")
+
+    def batches(self, phase: Phase) -> Batches | SyntheticBatches:
+        """Return the micro-batches of a phase."""
+        data, seed = self._settings.data, self._settings.seed
+        if self.corpus is None:
+            return SyntheticBatches(
+                self.vocab_size,
+                [min(n, phase.max_length) for n in data.lengths or [phase.max_length]],
+                mlm_probability=data.mlm_probability,
+                seed=seed,
+                sequences=phase.sequences,
+                tokens=phase.tokens,
+            )
+        return self._of("train", phase, seed, data.short_seq_prob)
+
+    def held_out(self, phase: Phase, rank: int, world: int) -> list[Batch]:
+        """Return this process's share of the micro-batches of an evaluation, the same each time.
+
+        They are empty with random ids.
+
+        Raises:
+            ValueError: the corpus has fewer than two documents that are held out.
+        """
+        if self.corpus is None:
+            return []
+        batches = self._of("held_out", phase, _HELD_OUT_SEED, 0.0)
+        count = min(self._settings.evaluate.batches, batches.count(0))
+        return [batches[0, number] for number in range(rank, count, world)]
+
+    @cached_property
+    def _rule(self) -> MaskingRule:
+        data = self._settings.data
+        return MaskingRule(
+            self.tokenizer,
+            data.mlm_probability,
+            mask_replace_prob=data.mask_replace_prob,
+            random_replace_prob=data.random_replace_prob,
+            whole_word_mask=data.whole_word_mask,
+            max_predictions=data.max_predictions,
+        )
+
+    def _of(self, split: str, phase: Phase, seed: int, short_seq_prob: float) -> Batches:
+        return Batches(
+            self.corpus.split(split),
+            self._rule,
+            cls_id=self.tokenizer.cls_token_id,
+            sep_id=self.tokenizer.sep_token_id,
+            max_length=phase.max_length,
+            seed=seed,
+            sequences=phase.sequences,
+            tokens=phase.tokens,
+            short_seq_prob=short_seq_prob,
+        )
+
+
+def build_model(settings: PretrainSettings, config: BertConfig, texts: Texts) -> BertForPreTraining:
+    """Return the model in fp32 on the CPU, in training mode.
+
+    Raises:
+        ValueError: a checkpoint to go on from has another tokenizer than the corpus.
+    """
+    source = settings.model.init
+    if source is None:
+        torch.manual_seed(settings.seed)
+        return BertForPreTraining(config).train()
+    if texts.tokenizer is not None:
+        try:
+            theirs = BertTokenizer.from_pretrained(source).get_vocab()
+        except FileNotFoundError:
+            theirs = texts.tokenizer.get_vocab()  # there is none to compare with
+        if theirs != texts.tokenizer.get_vocab():
+            want = f"a corpus made with the tokenizer of {source}, which stands there"
+            raise ValueError(f"data.corpus: want {want}, got one of another vocabulary")
+    torch.manual_seed(settings.seed)  # of heads that the checkpoint lacks
+    model = BertForPreTraining.from_pretrained(source, config=config, dtype=torch.float32)
+    return model.train()
+
+
+class Trained(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        model: the model itself.
+        objective: with its loss, for evaluation.
+        module: the same, wrapped for several processes, for training.
+        optimizer: of the model's parameters.
+    """
+
+    model: BertForPreTraining
+    objective: PreTrainingObjective
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def build(settings: PretrainSettings, model: BertForPreTraining, ranks: Ranks) -> Trained:
+    """Bring a model in fp32 to its device and precision, and make its optimizer.
+
+    Raises:
+        NotImplementedError: sharded parameters with LAMB or fp16.
+    """
+    given, dtype = settings.optimizer, DTYPES[settings.precision]
+    if settings.fsdp and (given.name != "adamw" or settings.precision == "fp16"):
+        got = f"{given.name} in {settings.precision}"
+        raise NotImplementedError(f"fsdp: want adamw in fp32 or bf16 with it, got {got}")
+    model.to(ranks.device)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if not settings.fsdp:  # which casts on the way
+        model.to(dtype)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    objective = PreTrainingObjective(model)
+    if settings.compile:
+        objective.compile(dynamic=True)
+    module = wrap(objective, ranks, sharded=settings.fsdp, dtype=dtype)
+    groups = decay_groups(model, given.weight_decay)
+    options: dict[str, Any] = {"lr": given.lr, "betas": given.betas, "eps": given.eps}
+    options["max_grad_norm"] = given.max_grad_norm
+    if settings.fsdp:
+        return Trained(model, objective, module, ShardedAdamW(groups, **options))
+    kind = {"adamw": AdamW, "lamb": LAMB}[given.name]
+    optimizer = kind(groups, skip_nonfinite=True, **options)
+    if dtype != torch.float32:  # the masters begin as what was there before it was rounded
+        start = TrainingState(step=0, position={}, facts={}, weights=weights, moments={})
+        restore(start, model, optimizer)
+    return Trained(model, objective, module, optimizer)
