@@ -8,7 +8,7 @@ import pytest
 
 from bert_fast.train import plot as module
 from bert_fast.train.metrics import METRICS
-from bert_fast.train.plot import CURVES, plot
+from bert_fast.train.plot import CURVES, draw, plot
 
 ENTROPY = 6.9
 
@@ -37,13 +37,13 @@ def run(directory, *, evaluations=True, count=20):
 def drawn(monkeypatch):
     """The panels as they are drawn into."""
     pytest.importorskip("matplotlib", reason="draws with matplotlib")
-    found, draw = [], module._draw
+    found, draw_run = [], module._draw_run
 
     def keep(panels, *rest):
         found.append(panels)
-        draw(panels, *rest)
+        draw_run(panels, *rest)
 
-    monkeypatch.setattr(module, "_draw", keep)
+    monkeypatch.setattr(module, "_draw_run", keep)
     return found
 
 
@@ -74,7 +74,7 @@ def test_losses_accuracies_and_throughput(tmp_path, drawn):
 def test_several_runs_side_by_side(tmp_path, drawn):
     runs = [run(tmp_path / "a"), run(tmp_path / "b" / "x", evaluations=False)]
     runs.append(run(tmp_path / "c" / "x") / METRICS)
-    plot(runs, tmp_path / "both.png")
+    draw(runs, tmp_path / "both.png")
     names = {label.rpartition(": ")[0] for label in lines_of(drawn[0][0])}
     assert names == {"a", *(str(tmp_path / d / "x" / METRICS) for d in "bc")}
     colors = {line.get_color() for line in drawn[0][2].get_lines()}
@@ -83,15 +83,19 @@ def test_several_runs_side_by_side(tmp_path, drawn):
 
 def test_without_records(tmp_path):
     (tmp_path / METRICS).write_text('{"kind": "start", "step": 0}\n')
-    assert "no records" in plot(tmp_path, tmp_path / CURVES)
-    assert not (tmp_path / CURVES).exists()
+    with pytest.raises(ValueError, match="want records of training"):
+        draw(tmp_path, tmp_path / CURVES)
     with pytest.raises(FileNotFoundError):
-        plot(tmp_path / "none", tmp_path / CURVES)
+        draw(tmp_path / "none", tmp_path / CURVES)
+    assert plot(tmp_path / "none", tmp_path / CURVES).startswith("no curves: ")
+    assert not (tmp_path / CURVES).exists()
 
 
 def test_without_matplotlib_a_note(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in plot(run(tmp_path), tmp_path / CURVES)
+    with pytest.raises(ImportError, match="pip install"):
+        draw(run(tmp_path), tmp_path / CURVES)
+    assert "want matplotlib" in plot(tmp_path, tmp_path / CURVES)
     assert not (tmp_path / CURVES).exists()
 
 
@@ -104,5 +108,5 @@ def test_a_curve_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch, d
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        plot(run(tmp_path), target)
+        draw(run(tmp_path), target)
     assert target.read_bytes() == b"old"

@@ -11,35 +11,35 @@ from bert_fast.train.metrics import METRICS, read_records
 CURVES = "curves.png"
 
 
-def plot(runs: Path | Sequence[Path], target: Path) -> str:
+def draw(runs: Path | Sequence[Path], target: Path) -> None:
     """Draw the curves of one run, or of several in one picture.
 
     Args:
         runs: directories of runs, or their metrics.jsonl.
         target: a .png file, which is replaced.
 
-    Returns:
-        What to tell: where the picture is, or why there is none.
-
     Raises:
         FileNotFoundError: a run has no records.
+        ValueError: no run has a record of training.
+        ImportError: matplotlib is not installed.
         OSError: the picture cannot be written.
     """
     paths = [runs] if isinstance(runs, Path) else runs
     files = [path / METRICS if path.is_dir() else path for path in paths]
     records = {_name(file, files): read_records(file) for file in files}
     if not any(record["kind"] == "train" for found in records.values() for record in found):
-        return "no curves: there are no records of training yet"
+        raise ValueError(f"{files[0]}: want records of training, got none")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        return "no curves: matplotlib is not installed (pip install matplotlib)"
+    except ImportError as error:
+        want = "want matplotlib for curves, got nothing"
+        raise ImportError(f"{want}: pip install 'bert-fast[train]'") from error
     figure = Figure(figsize=(7, 9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot, which would ask for a screen and keep the figure
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
     for i, (name, found) in enumerate(records.items()):
-        _draw(panels, found, f"C{i}", f"{name}: " if len(records) > 1 else "")
+        _draw_run(panels, found, f"C{i}", f"{name}: " if len(records) > 1 else "")
     loss, accuracy, rate = panels
     loss.set_ylabel("cross entropy of masked tokens (nats)")
     accuracy.set_ylabel("share of pairs judged rightly")
@@ -55,6 +55,22 @@ def plot(runs: Path | Sequence[Path], target: Path) -> str:
     figure.savefig(picture, format="png")
     with staged(target.parent) as write:
         write(target.name, [picture.getbuffer()])
+
+
+def plot(runs: Path | Sequence[Path], target: Path) -> str:
+    """Draw curves if that is possible, as the end of a run, which should not fail by it.
+
+    Args:
+        runs: as for `draw`.
+        target: as for `draw`.
+
+    Returns:
+        Where the picture is, or why there is none.
+    """
+    try:
+        draw(runs, target)
+    except (ImportError, OSError, ValueError) as error:
+        return f"no curves: {error}"
     return f"curves in {target}"
 
 
@@ -64,7 +80,7 @@ def _name(file: Path, files: Sequence[Path]) -> str:
     return name if sum(f.resolve().parent.name == name for f in files) == 1 else str(file)
 
 
-def _draw(panels: Any, records: list[dict[str, Any]], color: str, name: str) -> None:
+def _draw_run(panels: Any, records: list[dict[str, Any]], color: str, name: str) -> None:
     """Draw one run's curves into the panels."""
     loss, accuracy, rate = panels
     train = [record for record in records if record["kind"] == "train"]
