@@ -34,7 +34,7 @@ from bert_fast import checkpoint
 from bert_fast.config import CONFIG_FILE, BertConfig, read_config
 from bert_fast.files import plain_file, read_json, read_safetensors, staged
 from bert_fast.train.state import TrainingState
-from bert_fast.weights import SAFETENSORS, read_weights, some
+from bert_fast.weights import SAFETENSORS, nonfinite, read_weights, some
 
 MANIFEST, OPTIMIZER, STATE = "manifest.json", "optimizer.safetensors", "state.json"
 FORMAT, VERSION = "bert_fast training checkpoint", 1
@@ -106,8 +106,11 @@ class Checkpoints:
             OSError: the disk is full (ENOSPC, before anything is written, where its free space
                 says so), read-only or broken; the checkpoints there before are as they were.
             FileExistsError: in its place is something else.
-            ValueError: facts or position are not JSON, or the configuration is not valid.
+            ValueError: a weight is not finite, facts or position are not JSON, or the configuration
+                is not valid.
         """
+        if bad := nonfinite(state.weights):
+            raise ValueError(f"weights: want finite ones, got NaN or infinity in {some(bad)}")
         config = copy.deepcopy(config)
         config.architectures = config.architectures or ["BertForPreTraining"]
         config.dtype = torch.float32

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.train.optim import LAMB, AdamW
@@ -207,7 +206,7 @@ def _check(name: str, got: Tensor, like: Tensor) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """Return a tensor with what other processes have of it."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if _is_sharded(tensor) else tensor
 
 
 def _like(p: Tensor, dtype: torch.dtype, value: Tensor) -> Tensor:
@@ -218,7 +217,14 @@ def _like(p: Tensor, dtype: torch.dtype, value: Tensor) -> Tensor:
 
 def _put(into: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, of a sharded one this process's part."""
-    if isinstance(into, DTensor):
+    if _is_sharded(into):
+        from torch.distributed.tensor import distribute_tensor  # 0.8 s
+
         mesh, placements = into.device_mesh, into.placements
         value = distribute_tensor(value.to(into.device), mesh, placements, src_data_rank=None)
     into.copy_(value)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Return whether it is a DTensor, as FSDP2 makes them of parameters."""
+    return hasattr(tensor, "full_tensor")
