@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,9 +108,7 @@ def wrap(
         return _shard(objective, dtype)
     if ranks.world == 1:
         return objective
-    wrapped = DistributedDataParallel(
-        objective, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, _sum_bucket)
     return wrapped
 
@@ -121,8 +120,6 @@ def _sum_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Te
 
 
 def _shard(objective: PreTrainingObjective, dtype: torch.dtype) -> nn.Module:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in objective.model.bert.encoder.layer:
         fully_shard(layer, mp_policy=policy)
@@ -130,7 +127,15 @@ def _shard(objective: PreTrainingObjective, dtype: torch.dtype) -> nn.Module:
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     return objective
+
+
+def settle(module: nn.Module) -> None:
+    """Have a sharded module's parameters be the shares again, after a forward has gathered them."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -147,7 +152,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     Attributes:
         grad_norm: () fp32, the norm of all gradients at the last step, before clipping.
-        found_inf: () fp32; not 0: nothing is changed.
+        found_inf: () fp32, for one step; not 0: nothing is changed.
     """
 
     def __init__(
@@ -169,7 +174,8 @@ class ShardedAdamW(torch.optim.AdamW):
         most = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(params, most)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.grad_norm.isfinite() and not self.found_inf:
+        skip, self.found_inf = self.found_inf, None  # which torch's own would not accept
+        if self.grad_norm.isfinite() and not skip:
             super().step()
 
 
@@ -177,6 +183,6 @@ def without_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Return the context of a micro-batch: gradients are summed behind the last one only."""
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     return nullcontext()

@@ -18,7 +18,7 @@ from bert_fast.files import staged
 from bert_fast.ops.products import LIBRARIES, cpu_library, set_cpu_library
 from bert_fast.train.build import DTYPES, Texts, build, build_model
 from bert_fast.train.checkpoints import Checkpoint, Checkpoints, load
-from bert_fast.train.distributed import Ranks
+from bert_fast.train.distributed import Ranks, settle
 from bert_fast.train.flops import formula, peak
 from bert_fast.train.metrics import Log, Meter, peak_memory
 from bert_fast.train.plot import plot
@@ -125,9 +125,9 @@ class _Run:
             self._record("stop", status=DONE)
             return DONE
         except NonFiniteError as error:
-            self._diagnose(error)
-            self._record("stop", status=NON_FINITE, reason=str(error))
-            raise
+            found = NonFiniteError(error.step, f"{error}; {self._diagnose(error)}")
+            self._record("stop", status=NON_FINITE, reason=str(found))
+            raise found from None
         finally:
             if self.log is not None:
                 self.log.close()
@@ -256,6 +256,7 @@ class _Run:
         """Write a checkpoint; return whether the run may go on."""
         saved = True
         if self.ranks.rank == 0 or self.settings.fsdp:
+            settle(self.trained.module)
             state = capture(
                 self.trained.model,
                 self.trained.optimizer,
@@ -305,21 +306,19 @@ class _Run:
             found = evaluate(self.trained.objective, batches, self.ranks)
             self._record("evaluation", **found, unigram_entropy=self.texts.unigram_entropy)
 
-    def _diagnose(self, error: NonFiniteError) -> None:
-        """Find out what was not finite first, and write it down with the ids of the batches."""
-        for number, step, batches in self.recent:
-            if number != error.step:
-                continue
-            first = "not looked for in sharded parameters"
-            if not self.settings.fsdp:
-                parts = self.trained.objective, step, number, self.settings.seed, self.ranks
-                first = first_nonfinite(*parts)
-            ids = [{**at._asdict(), "pairs": batches.numbers(at)} for at in step.positions]
-            name = f"nonfinite-step-{number:08}-rank-{self.ranks.rank}.json"
-            found = {"step": number, "first": first, "reason": str(error), "batches": ids}
-            with staged(self.output) as write:
-                write(name, [json.dumps(found, indent=1).encode()])
-            _say(f"not finite first: {first}; the batches are in {self.output / name}")
+    def _diagnose(self, error: NonFiniteError) -> str:
+        """Return what was not finite first, and where the ids of the batches are now written."""
+        step, batches = next(last[1:] for last in self.recent if last[0] == error.step)
+        first = "not looked for in sharded parameters"
+        if not self.settings.fsdp:
+            parts = self.trained.objective, step, error.step, self.settings.seed, self.ranks
+            first = first_nonfinite(*parts)
+        ids = [{**at._asdict(), "pairs": batches.numbers(at)} for at in step.positions]
+        name = f"nonfinite-step-{error.step:08}-rank-{self.ranks.rank}.json"
+        found = {"step": error.step, "first": first, "reason": str(error), "batches": ids}
+        with staged(self.output) as write:
+            write(name, [json.dumps(found, indent=1).encode()])
+        return f"first of all {first}; the batches are in {self.output / name}"
 
 
 def _name_of(device: torch.device) -> str:

@@ -29,7 +29,7 @@ class NonFiniteError(ArithmeticError):
     """
 
     def __init__(self, step: int, message: str) -> None:
-        super().__init__(f"step {step}: {message}")
+        super().__init__(message)
         self.step = step
 
 
@@ -154,12 +154,12 @@ class Stepper:
             figures = _figures(number, values.tolist())
             finite = np.isfinite([figures.mlm, figures.nsp, figures.grad_norm]).all()
             if self.scaler is None and not finite:
-                got = f"the loss {figures.loss} and the norm {figures.grad_norm}"
-                want = "a finite loss and gradient"
-                raise NonFiniteError(number, f"want {want}, got {got}; nothing of it was applied")
+                got = f"the loss {figures.loss} and the norm {figures.grad_norm}, not applied"
+                want = f"step {number}: want a finite loss and gradient"
+                raise NonFiniteError(number, f"{want}, got {got}")
             if figures.in_a_row >= SKIPPED_IN_A_ROW:
                 got = f"none {SKIPPED_IN_A_ROW} times in a row, at every scale of the loss"
-                raise NonFiniteError(number, f"want a finite gradient, got {got}")
+                raise NonFiniteError(number, f"step {number}: want a finite gradient, got {got}")
             found.append(figures)
         return found
 
