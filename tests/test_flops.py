@@ -82,7 +82,21 @@ def test_measured_peak_is_a_rate():
     assert 1e8 < found.flops < 1e14
 
 
-def test_measured_peak_counts_two_operations_an_entry(monkeypatch):
-    """With a clock of our own: products of 256, 512 and 1024 last 1/64, 1/8 and 1 s."""
-    monkeypatch.setattr(flops, "_seconds", lambda a, b: (len(a) / 1024) ** 3)
-    assert flops.measured_peak("cpu", torch.float32) == 2 * 1024**3
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [
+        (lambda n: n**3 / 1e14, [256, 512, 1024, 2048, 4096, 8192]),  # a GPU
+        (lambda n: n**3 / 5e10, [256, 512, 1024, 2048]),  # some cores
+        (lambda n: n**3 / 1e9, [256, 512, 1024]),
+        (lambda n: n**3 / 1e8, [256]),  # a dtype without instructions for it
+        (lambda n: n**3 / (1e9 if n == 512 else 4e10), [256, 512, 1024]),  # once disturbed
+    ],
+)
+def test_measured_peak_is_the_best_of_what_there_is_time_for(seconds, sizes, monkeypatch):
+    """With a clock of our own, and two operations for each of n^3."""
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(len(a)))
+    monkeypatch.setattr(torch, "randn", lambda n, m, **_: torch.empty(n, m, device="meta"))
+    monkeypatch.setattr(flops, "_seconds", lambda a, b: seconds(len(a)))
+    got = flops.measured_peak("cpu", torch.float32)
+    assert seen == sizes and got == pytest.approx(max(2 * n**3 / seconds(n) for n in sizes))

@@ -25,7 +25,8 @@ _VENDOR = (
     (r"\bG?H[12]00\b", 989e12),
     (r"\bA100\b", 312e12),
 )
-_SECONDS = 0.03  # a product should last at least so long, so that starting it does not count
+_SMALLEST, _SURE, _LARGEST = 256, 1024, 8192  # of the products that are measured
+_SPENT, _MOST = 0.1, 0.5  # seconds behind which none larger than _SURE is begun, or none at all
 
 
 class Peak(NamedTuple):
@@ -92,18 +93,19 @@ def vendor_peak(name: str, dtype: torch.dtype) -> float | None:
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a square matrix product, made for the moment; a fraction of a second.
 
-    Its size is doubled until it lasts, since a small one does not fill the device.
+    It is the best of products that are larger and larger, since a small one does not fill the
+    device, and any may have been disturbed.
     """
     generator = torch.Generator(device).manual_seed(0)  # no draw from the run's own
     like = {"device": device, "dtype": dtype, "generator": generator}
-    size = 256
-    while True:
+    size, best, spent = _SMALLEST, 0.0, 0.0
+    while size <= _LARGEST and (size <= _SURE or spent < _SPENT) and spent < _MOST:
         a, b = (torch.randn(size, size, **like) for _ in range(2))
         torch.mm(a, b)  # the first of a size may prepare something
-        seconds = min(_seconds(a, b) for _ in range(3))
-        if seconds >= _SECONDS or size >= 8192:
-            return 2 * size**3 / seconds
+        seconds = [_seconds(a, b) for _ in range(3)]
+        best, spent = max(best, 2 * size**3 / min(seconds)), spent + sum(seconds)
         size *= 2
+    return best
 
 
 def peak(device: torch.device | str, dtype: torch.dtype) -> Peak:
