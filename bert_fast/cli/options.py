@@ -5,6 +5,12 @@ from typing import Annotated
 
 import typer
 
+
+def example(*lines: str) -> str:
+    """Return text for the end of a verb's help; tests run each of its lines."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="Print a traceback after an error."),
@@ -49,6 +55,7 @@ class Format(str, Enum):
     txt = "txt"
     jsonl = "jsonl"
     csv = "csv"
+    parquet = "parquet"
 
 
 class Errors(str, Enum):

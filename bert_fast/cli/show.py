@@ -14,6 +14,23 @@ def note_summary(done: Any) -> None:
     print(f"bert-fast: {', '.join(said)}", file=sys.stderr)
 
 
+def note_tokenizer(tokens: int, target: Any) -> None:
+    """Say on the standard error that a tokenizer is there."""
+    print(f"bert-fast: a tokenizer of {tokens:,} tokens in {target}", file=sys.stderr)
+
+
+def note_prepared(done: Any) -> None:
+    """Say on the standard error what a preparation made."""
+    said = []
+    for split, documents in done.documents.items():
+        name, tokens = split.replace("_", " "), done.tokens[split]
+        said.append(f"{name} {documents:,} documents, {tokens:,} tokens")
+    print(f"bert-fast: {done.path}: {'; '.join(said)}", file=sys.stderr)
+    if done.problems:
+        counts = ", ".join(f"{name} {said['count']:,}" for name, said in done.problems.items())
+        print(f"bert-fast: problems: {counts}", file=sys.stderr)
+
+
 def print_json(value: Any, indent: int | None = 2) -> None:
     """Print as JSON."""
     import json
@@ -50,6 +67,28 @@ def print_conversion(done: Any) -> None:
         print(f"  ignored  {_some(ignored)}: {reason}")
     if done.missing:
         print(f"  missing  {_some(done.missing)}: whoever loads it initialises them")
+
+
+def print_corpus(found: dict[str, Any]) -> None:
+    """Print what `inspect_corpus` found, and texts."""
+    print(f"{found['path']}: {found['vocab_size']:,} tokens in the vocabulary, {found['digest']}")
+    for split, said in found["splits"].items():
+        counts = ", ".join(
+            f"{said[kind]:,} {kind}" for kind in ("documents", "sentences", "tokens")
+        )
+        print(f"  {split:<9} {counts}, {said['bytes'] / 1e6:,.1f} MB")
+        for kind in ("sentence", "document"):
+            lengths = said[f"{kind}_tokens"].items()
+            print(f"    tokens a {kind}: {', '.join(f'{name} {n:,}' for name, n in lengths)}")
+    print(f"  unigram entropy {found['unigram_entropy']:.4f} nats, unknown {found['unknown']:.3%}")
+    for source in found["sources"]:
+        print(f"  from {source['name']}: {source['documents']:,} documents")
+    for kind, said in found["problems"].items():
+        print(f"  {kind} {said['count']:,}")
+        for message in said["first"]:
+            print(f"    {message}")
+    for sentences in found.get("texts", []):
+        print("\n" + "\n".join(sentences))
 
 
 def _some(names: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bert_fast.cli.data import data
 from bert_fast.cli.options import (
     Debug,
     Device,
@@ -21,6 +22,7 @@ from bert_fast.cli.options import (
     Precision,
     Source,
     Target,
+    example,
 )
 from bert_fast.cli.show import note_summary, print_conversion, print_json, print_masks
 
@@ -31,11 +33,6 @@ def _set_version(value: bool) -> None:
     if value:
         print(f"bert-fast {sys.modules['bert_fast'].__version__}")
         raise typer.Exit
-
-
-def _example(*lines: str) -> str:
-    """Text for the end of a verb's help; tests run each of its lines."""
-    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
 
 
 app = typer.Typer(
@@ -51,6 +48,7 @@ convert = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(convert, name="convert")
+app.add_typer(data, name="data")
 
 
 @app.callback()
@@ -64,7 +62,7 @@ def _all(
     pass
 
 
-@app.command(epilog=_example("bert-fast doctor", "bert-fast doctor --json"))
+@app.command(epilog=example("bert-fast doctor", "bert-fast doctor --json"))
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     debug: Debug = False,
@@ -82,7 +80,7 @@ def doctor(
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "bert-fast encode model texts.txt -o vectors.npy",
         "bert-fast encode model reviews.csv --column body -o vectors.parquet",
         "cat texts.txt | bert-fast encode model - -o vectors.jsonl --keep-text",
@@ -211,7 +209,7 @@ def encode(
 
 @app.command(
     "fill-mask",
-    epilog=_example(
+    epilog=example(
         'bert-fast fill-mask model "Paris is the [MASK] of France."',
         'echo "The [MASK] is blue." | bert-fast fill-mask model - --top-k 3 --json',
     ),
@@ -236,7 +234,7 @@ def fill_mask(
             print_masks(found)
 
 
-@app.command(epilog=_example("bert-fast verify model --text texts.txt"))
+@app.command(epilog=example("bert-fast verify model --text texts.txt"))
 def verify(
     model: Model,
     text: Annotated[
@@ -272,7 +270,7 @@ def verify(
 
 
 @convert.command(
-    "from-tf", epilog=_example("bert-fast convert from-tf uncased_L-12_H-768_A-12 model")
+    "from-tf", epilog=example("bert-fast convert from-tf uncased_L-12_H-768_A-12 model")
 )
 def from_tf(
     source: Annotated[
@@ -309,7 +307,7 @@ def from_tf(
     print_conversion(convert.from_tf(source, target, **options))
 
 
-@convert.command("to-hf", epilog=_example("bert-fast convert to-hf model converted"))
+@convert.command("to-hf", epilog=example("bert-fast convert to-hf model converted"))
 def to_hf(
     source: Source,
     target: Target,
@@ -330,7 +328,7 @@ def to_hf(
     print_conversion(convert.to_hf(source, target, dtype=wanted, **options))
 
 
-@convert.command("legacy-names", epilog=_example("bert-fast convert legacy-names model renamed"))
+@convert.command("legacy-names", epilog=example("bert-fast convert legacy-names model renamed"))
 def legacy_names(
     source: Source,
     target: Target,

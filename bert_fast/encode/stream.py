@@ -137,8 +137,8 @@ def encode_file(
         encoder: an `Encoder`, or anything with its `encode`.
         sources: paths, or "-" for the standard input; see readers.py for what a row is.
         target: name of a .npy, .jsonl or .parquet file.
-        format: "txt", "jsonl" or "csv"; None: by the suffix of each input.
-        column: field of a JSON line, column of a CSV file.
+        format: "txt", "jsonl", "csv" or "parquet"; None: by the suffix of each input.
+        column: field of a JSON line, column of a CSV or Parquet file.
         errors: "strict", "skip" or "replace", as for `readers.Reader`. A skipped line has a row
             of NaN in .npy and null in .jsonl and .parquet.
         batch_size: as for `Encoder.encode`.
@@ -291,7 +291,7 @@ class _Notes:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note, self._count = note, 0
 
-    def __call__(self, message: str) -> None:
+    def __call__(self, kind: str, message: str) -> None:
         self._count += 1
         if self._count <= _NOTES:
             self._note(message)
