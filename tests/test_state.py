@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import state_worker
 import torch
 import transformers
 from checkpoint_cases import (
@@ -17,6 +18,7 @@ from checkpoint_cases import (
     tokenizer,
     train,
 )
+from run_ranks import run_ranks
 
 from bert_fast import BertConfig, BertForPreTraining, BertTokenizer
 from bert_fast.train import LAMB, AdamW, decay_groups
@@ -157,6 +159,18 @@ def test_hyperparameters_are_those_of_the_new_settings():
     restore(taken(first, optimizer), second, other)
     after = [{k: v for k, v in group.items() if k != "params"} for group in other.param_groups]
     assert after == before and other.param_groups[0]["lr"] is lr
+
+
+def test_sharded_over_two_processes(tmp_path):
+    """FSDP2: every process has the whole state, and takes its part of one."""
+    ranks = run_ranks(state_worker.__file__, state_worker.RANKS, tmp_path)
+    for first, given, whole in ([TrainingState(**s) for s in rank] for rank in ranks):
+        assert same(given, whole)
+        assert same(first, TrainingState(**ranks[0][0]))
+        second = model(seed=5)
+        optimizer = AdamW(decay_groups(second), lr=1e-2)
+        restore(first, second, optimizer)
+        assert same(capture(second, optimizer, **state_worker.OPTIONS), first)
 
 
 def edited(**changes):

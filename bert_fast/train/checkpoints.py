@@ -253,7 +253,7 @@ def _write(
         write(STATE, [described])
     sums |= read_json(directory, checkpoint.MANIFEST)["files"]
     for name in sorted(os.listdir(directory)):
-        _sync(directory / name)
+        _sync(directory / name)  # other tokenizers do not
         if name not in sums:
             sums[name] = _sum(directory / name)
     manifest = {
@@ -265,7 +265,6 @@ def _write(
     }
     with staged(directory) as write:
         write(MANIFEST, [_json(manifest)])
-    _sync(directory)
 
 
 def _verify(directory: Path) -> dict[str, Any]:
@@ -354,7 +353,7 @@ def _remove(path: Path) -> None:
     try:
         os.rename(path, temporary)
     except OSError as error:
-        warnings.warn(f"{path}: cannot be removed: {error}", stacklevel=4)
+        warnings.warn(f"{path}: cannot be removed: {error}", stacklevel=2)
         return
     _remove_tree(temporary)
 
@@ -364,7 +363,7 @@ def _remove_tree(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        warnings.warn(f"{path}: cannot be removed: {error}", stacklevel=5)
+        warnings.warn(f"{path}: cannot be removed: {error}", stacklevel=2)
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
