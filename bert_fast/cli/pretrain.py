@@ -79,7 +79,10 @@ def plot(
     ] = Path("curves.png"),
     debug: Debug = False,
 ) -> None:
-    """Draw loss, accuracy and throughput of runs, several of them in one picture."""
+    """Draw the curves of training runs in one picture.
+
+    Loss, share of right answers, and throughput, from the records in their directories.
+    """
     from bert_fast.train.plot import draw
 
     draw(runs, output)

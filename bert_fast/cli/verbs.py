@@ -24,6 +24,7 @@ from bert_fast.cli.options import (
     Target,
     example,
 )
+from bert_fast.cli.pretrain import plot, pretrain
 from bert_fast.cli.show import note_summary, print_conversion, print_json, print_masks
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -346,6 +347,15 @@ def legacy_names(
 
     options = {"max_shard_size": max_shard_size, "overwrite": overwrite}
     print_conversion(convert.legacy_names(source, target, **options))
+
+
+app.command(
+    epilog=example(
+        "bert-fast pretrain throughput model.size=tiny phases.0.steps=3",
+        "bert-fast pretrain base data.corpus=synthetic --dry-run",
+    )
+)(pretrain)
+app.command(epilog=example("bert-fast plot runs/throughput -o curves.png"))(plot)
 
 
 # --- what the verbs share ------------------------------------------------------------------------
