@@ -9,6 +9,8 @@ import random
 import tracemalloc
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def read(tmp_path, raw, name="a.txt", **options):
     path = tmp_path / name
     path.write_bytes(raw)
     notes = []
-    reader = Reader(str(path), note=notes.append, **options)
+    reader = Reader(str(path), note=lambda kind, message: notes.append(message), **options)
     rows = [tuple(row) for row in reader]
     assert reader.position == len(raw)
     return rows, reader, [note.removeprefix(f"{tmp_path}/") for note in notes]
@@ -122,12 +124,71 @@ def test_formats():
     formats |= {"a.csv.GZ": "csv", "a.txt.xz": "txt", "a.gz": "txt"}
     assert {name: readers.format_of(name) for name in formats} == formats
     assert readers.format_of("a.gz", "csv") == "csv"
-    with pytest.raises(ValueError, match=r"a\.zip: want a format \(txt, jsonl, csv\)"):
+    with pytest.raises(ValueError, match=r"a\.zip: want a format \(txt, jsonl, csv, parquet\)"):
         readers.format_of("a.zip")
-    with pytest.raises(ValueError, match="format: want txt, jsonl, csv, got 'tsv'"):
+    with pytest.raises(ValueError, match="format: want txt, jsonl, csv, parquet, got 'tsv'"):
         readers.format_of("a.txt", "tsv")
-    with pytest.raises(ValueError, match="errors: want strict, skip, replace, got 'ignore'"):
-        Reader("a.txt", errors="ignore")
+    with pytest.raises(ValueError, match="errors: want strict, skip, replace, repair, got 'x'"):
+        Reader("a.txt", errors="x")
+    with pytest.raises(ValueError, match="long: want cut, split, got 'drop'"):
+        Reader("a.txt", long="drop")
+    for source in ("-", "a.parquet.gz"):
+        with pytest.raises(ValueError, match="want a file of Parquet that is not compressed again"):
+            Reader(source, format="parquet")
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def parquet(columns, **options):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
+def test_parquet(tmp_path, kind):
+    """The records in order, also of several row groups, whatever the strings are stored as."""
+    texts = [f"text {i} Grüße" * (i % 7) for i in range(1000)]
+    raw = parquet({"id": [*range(1000)], "text": pa.array(texts, kind)}, row_group_size=300)
+    assert read(tmp_path, raw, "a.parquet")[0] == [*enumerate(texts, 1)]
+    assert read(tmp_path, parquet({"text": pa.array([], kind)}), "a.parquet")[0] == []
+
+
+def test_bad_parquet(tmp_path):
+    texts = pa.array([b"ok", b"a\xff", None, b"a\0b"], pa.binary())
+    raw = parquet({"text": texts})
+    got = refused(tmp_path, raw, "a.parquet")
+    assert got == "a.parquet:2: want UTF-8, got byte 0xff at byte 1"
+    rows, reader, notes = read(tmp_path, raw, "a.parquet", errors="repair")
+    assert rows == [(1, "ok"), (2, "a\ufffd"), (3, None), (4, "a\ufffdb")]
+    assert (reader.skipped, reader.replaced) == (1, 2) and len(notes) == 3
+    assert notes[1] == "a.parquet:3: skipped: text: want a string, got null"
+    for columns, problem in [
+        ({"body": ["x"]}, "want a column 'text', got 'body'"),
+        ({"text": [1]}, "text: want a column of strings, got int64"),
+    ]:
+        got = refused(tmp_path, parquet(columns), "a.parquet", errors="repair")
+        assert got == f"a.parquet:1: {problem}"
+    for broken in (b"", b"PAR1", raw[:-10], raw[:20] + b"\xff" * 20 + raw[40:]):
+        got = refused(tmp_path, broken, "a.parquet", errors="repair")
+        assert got.startswith("a.parquet:1: want a Parquet file, got: ")
+
+
+def test_parquet_is_read_in_pieces(tmp_path):
+    """100 MB of texts in one row group, a page of which is the least that is held."""
+    path, table = tmp_path / "a.parquet", pa.table({"text": ["x" * 100_000] * 1000})
+    pq.write_table(table, path, use_dictionary=False, write_batch_size=10)
+    before = pa.total_allocated_bytes()
+    most = count = 0
+    for row in Reader(str(path)):
+        most, count = max(most, pa.total_allocated_bytes() - before), count + 1
+        assert len(row.text) == 100_000
+    assert count == 1000 and most < 30e6
 
 
 # --- bad lines -----------------------------------------------------------------------------------
@@ -244,6 +305,52 @@ def test_long_lines_are_cut(tmp_path, monkeypatch, letter, end):
         assert all(note == f"a.txt:2: cut after {len(kept)} characters" for note in notes)
 
 
+@pytest.mark.parametrize("letter", ["x", "ü", "한", "😀"])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_long_lines_become_several_texts(tmp_path, monkeypatch, letter, end):
+    """Nothing but white space is lost, none is longer than the limit, words stay whole."""
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "_BUFFER", 64)
+    word = letter * 9
+    for text, count in [
+        (letter * 100, 1),
+        (letter * 101, 2),
+        (letter * 64, 1),
+        (letter * 6400, 64),
+        (f"{word} " * 200, None),
+        (f"{word} " * 9 + letter * 11, 2),
+        (" " * 1000, None),
+        (f"{letter} " + letter * 250, None),
+    ]:
+        for name in ("a.txt", "a.jsonl"):
+            raw = f"a\n{text}{end}" + ("b" if end else "")
+            if name == "a.jsonl":
+                raw = "".join(json.dumps({"text": t}) + "\n" for t in ("a", text, "b"))
+            rows, reader, notes = read(tmp_path, raw.encode(), name, long="split")
+            pieces = [t for line, t in rows if line == 2]
+            last = [(3, "b")] if end or name == "a.jsonl" else []
+            assert rows == [(1, "a"), *((2, piece) for piece in pieces), *last], (text, name)
+            assert "".join(pieces) == text and max(map(len, pieces)) <= 100
+            assert count is None or len(pieces) == count
+            if text == f"{word} " * 200:
+                assert all(p.startswith(" ") or p == pieces[0] for p in pieces)
+            assert reader.split == (len(text) > 100) == len(notes) and not reader.cut
+            said = f"{name}:2: split into {len(pieces)} texts"
+            assert all(note == said for note in notes)
+
+
+def test_long_lines_with_bad_bytes(tmp_path, monkeypatch):
+    """Replaced in the text they are in, and named by where they are in the file."""
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "_BUFFER", 64)
+    raw = b"ok\n" + b"word " * 50 + b"a\xffb " + b"word " * 50 + b"\nok\n"
+    rows, reader, _ = read(tmp_path, raw, long="split", errors="repair")
+    assert "".join(t for _, t in rows) == f"ok{raw[3:-4].decode(errors='replace')}ok"
+    assert (reader.replaced, reader.split) == (1, 1)
+    got = refused(tmp_path, raw, long="split")
+    assert got == "a.txt:2: want UTF-8, got byte 0xff at byte 251 of the line, 254 of the file"
+
+
 def test_long_lines_are_never_held(tmp_path):
     """100 MB in a line, without a space and with bad bytes behind the limit."""
     path = tmp_path / "a.txt"
@@ -257,6 +364,11 @@ def test_long_lines_are_never_held(tmp_path):
     tracemalloc.stop()
     assert [len(text) for _, text in rows] == [MAX_CHARACTERS, 4]
     assert peak < 20e6
+    tracemalloc.start()
+    count = sum(len(row.text) for row in Reader(str(path), long="split", errors="repair"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 100_000_005 and peak < 20e6
 
 
 @pytest.mark.parametrize(
@@ -297,7 +409,8 @@ def test_any_bytes(tmp_path_factory, raw, format, errors):
         rows = [*reader]
     except BadLineError as error:
         assert str(error).startswith(f"{path}:") and "\n" not in str(error)
-        assert errors == "strict" or (errors == "replace") == (format != "txt") or format == "csv"
+        whole = format in ("csv", "parquet")  # without a header there is nothing to read
+        assert errors == "strict" or whole or (errors == "replace" and format == "jsonl")
         return
     assert all(text is None or text.encode() is not None for _, text in rows)
     assert [line for line, _ in rows] == sorted({line for line, _ in rows})

@@ -190,7 +190,8 @@ def prepare(
 def inspect(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Directory of a corpus.")],
     texts: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Documents to show, as their tokens say them.")
+        int,
+        typer.Option(min=0, metavar="N", help="Documents whose beginning to show."),
     ] = 2,
     split: Annotated[Split, typer.Option(help="Where those are from.")] = Split.train,
     check: Annotated[
@@ -206,7 +207,7 @@ def inspect(
     found = inspect_corpus(corpus, verify=check)
     if texts and split.value in found["splits"]:
         tokenizer = BertTokenizer.from_pretrained(corpus)
-        found["texts"] = first_documents(corpus, tokenizer, texts, split.value)
+        found["texts"] = first_documents(corpus, tokenizer, texts, split=split.value)
     if json:
         print_json(found)
     else:

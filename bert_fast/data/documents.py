@@ -161,7 +161,7 @@ class Documents:
                 number = document.number + 1
                 self.position, self.counts[i] = passed + reader.position, number - first
                 yield document
-            passed += reader.position
+            passed += reader.position if source == STDIN else os.stat(source).st_size
             if number == first:
                 message = f"{reader.name}: want a document, got none"
                 if self.strict:

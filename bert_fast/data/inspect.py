@@ -40,20 +40,27 @@ def inspect_corpus(path: str | os.PathLike, *, verify: bool = False) -> dict[str
 
 
 def first_documents(
-    path: str | os.PathLike, tokenizer: Any, count: int, split: str = "train"
+    path: str | os.PathLike,
+    tokenizer: Any,
+    count: int,
+    *,
+    split: str = "train",
+    sentences: int = 5,
 ) -> list[list[str]]:
-    """Return the sentences of the first documents of a split, from tokens back to text.
+    """Return how the first documents of a split begin, from tokens back to text.
 
     Args:
         path: of the corpus.
         tokenizer: the one in it.
         count: of documents.
         split: "train" or "held_out".
+        sentences: of each document, at most.
     """
     found: list[list[str]] = []
     for shard in Corpus(path, verify=False).split(split).shards:
         for i in range(min(count - len(found), shard.num_documents)):
-            places = shard.sentences[shard.documents[i] : shard.documents[i + 1] + 1]
+            first, last = shard.documents[i : i + 2]
+            places = shard.sentences[first : min(last, first + sentences) + 1]
             found.append([tokenizer.decode(shard.tokens[a:b]) for a, b in pairwise(places)])
     return found
 

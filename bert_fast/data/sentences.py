@@ -39,7 +39,7 @@ _LONGEST = 16  # characters that are looked at in front of a full stop
 _BEFORE_NAMES = frozenset(
     "mr mrs ms messrs mme mlle dr prof st ste mt ft rev fr hon pres gov sen rep gen lt col maj capt"
     " cmdr sgt cpl pvt adm brig supt insp det amb sec treas gens sens reps drs profs"
-    " vs v cf ca c al viz e.g i.e eg ie esp approx est b d r fl aka op cit"
+    " vs v cf ca c al viz e.g i.e eg ie esp approx est aka op cit"
     " fig figs vol vols pp chap ch sect eq eqs nos art arts ed eds trans".split()
 )
 _BEFORE_NUMBERS = frozenset(("no", "p"))
@@ -83,11 +83,11 @@ def _goes_on(paragraph: str, start: int, stop: int, end: re.Match[str]) -> bool:
         return False
     word = found[0]
     small = word.lower()
-    if small in _BEFORE_NAMES:
+    initial = len(word) == 1 and word.isupper()
+    if small in _BEFORE_NAMES and not initial:
         return True
     if small in _BEFORE_NUMBERS and end[1].isdecimal():
         return True
-    initial = len(word) == 1 and word.isupper()
     if not initial and "." not in word and small not in _MAY_END:
         return False
     starter = _NEXT.match(paragraph, end.end())
