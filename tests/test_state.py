@@ -333,20 +333,20 @@ def test_later_ones_stay_until_they_are_overtaken(tmp_path):
 
 def test_what_is_not_ours_stays(tmp_path):
     save(tmp_path, 10)
-    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000001")
-    (tmp_path / "step-00000001/notes.txt").write_text("mine")
-    (tmp_path / "step-00000002").mkdir()
-    (tmp_path / "step-00000002/model.safetensors").write_text("mine")
-    (tmp_path / "step-00000003").symlink_to(tmp_path / "step-00000010")
-    (tmp_path / "step-00000004").write_text("mine")
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000011")
+    (tmp_path / "step-00000011/notes.txt").write_text("mine")
+    (tmp_path / "step-00000012").mkdir()
+    (tmp_path / "step-00000012/model.safetensors").write_text("mine")
+    (tmp_path / "step-00000013").symlink_to(tmp_path / "step-00000010")
+    (tmp_path / "step-00000014").write_text("mine")
     (tmp_path / "best").mkdir()
-    (tmp_path / ".step-00000005.tmp").mkdir()
+    (tmp_path / ".step-00000015.tmp").mkdir()
     others = [name for name in names(tmp_path) if name != "step-00000010"]
-    save(tmp_path, 20, keep=1)
-    assert names(tmp_path) == sorted([*others, "step-00000020"])
-    for step in (1, 2, 3, 4):
+    save(tmp_path, 20, keep=2)  # they do not count
+    assert names(tmp_path) == sorted([*others, "step-00000010", "step-00000020"])
+    for step in (11, 12, 13, 14):
         before = contents(tmp_path)
-        with pytest.raises(FileExistsError, match=f"step-0000000{step}: want a checkpoint or not"):
+        with pytest.raises(FileExistsError, match=f"step-{step:08}: want a checkpoint or not"):
             save(tmp_path, step)
         assert contents(tmp_path) == before
     assert newest(tmp_path)[0] == 20

@@ -138,7 +138,7 @@ class Checkpoints:
             raise
         _sync(self.directory)
         self._tidy()
-        kept = [p for p in self._found() if p.suffix != ".old" and _step(p) <= state.step]
+        kept = [p for p in self._found() if _step(p) <= state.step and not _foreign(p)]
         for other in kept[self.keep :]:
             _remove(other)
         return path
