@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # a module imports only what stands above its own line; a package also itself
     ("_C",),
-    ("accuracy", "batch_encoding", "extension", "files", "reference_dropout"),
+    ("accuracy", "batch_encoding", "extension", "files", "progress", "reference_dropout"),
     ("config", "names", "outputs", "tensor_bundle", "tokenizer", "data"),
     ("kernels", "reference", "reference_model", "reference_optimizer", "weights"),
     ("checkpoint",),

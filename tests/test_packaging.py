@@ -83,7 +83,11 @@ def test_wheel_has_the_packages_and_no_other(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     info = next(n.partition("/")[0] for n in names if n.endswith(".dist-info/METADATA"))
     assert {n.partition("/")[0] for n in names} == {"bert_fast", info}
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "bert_fast").rglob("*.py")}
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "train/configs/*.yaml")
+        for path in (ROOT / "bert_fast").rglob(pattern)
+    }
     sources |= {f"bert_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     assert {n for n in names if n.startswith("bert_fast/")} == sources
     assert wheel.name.endswith("-py3-none-any.whl")  # BERT_FAST_EXT=0 promises no machine code
