@@ -22,9 +22,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Make the BERTs in a model of transformers run on packed rows, in place.
 
     BERT, RoBERTa, XLM-RoBERTa, DistilBERT and ELECTRA, with any head, also inside a larger module:
-    wrapped by PEFT, or a SentenceTransformer, whose `encode` then takes equal texts once. Classes,
-    configuration and parameters stay what and where they are. What cannot be accelerated (decoders,
-    cross attention, masks by query and key, ...) runs its original code and says so once.
+    wrapped by PEFT, or a SentenceTransformer, whose `encode` then takes equal texts once and short
+    ones 128 at a time. Classes, configuration and parameters stay what and where they are. What
+    cannot be accelerated (decoders, cross attention, masks by query and key, ...) runs its original
+    code and says so once.
 
     Outputs at padding are 0, as docs/numerics.md has it; everything else is the original's.
 
@@ -148,7 +149,7 @@ def _model(
     self: nn.Module, mark: Mark, to: Replacement, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What an accelerated base model runs."""
-    given = to.named(args, kwargs)
+    given = to.by_name(args, kwargs)
     try:
         forward.check(self, mark.owner, given)
         how = {"legacy": "return_dict" in to.names, "scored": mark.scored}

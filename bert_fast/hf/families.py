@@ -98,6 +98,10 @@ def _bert_embeddings(model: nn.Module) -> tuple[nn.Module | None, ...]:
     return *tables, own.LayerNorm, own.dropout
 
 
+def _bert_blocks(model: nn.Module) -> Sequence[nn.Module]:
+    return model.encoder.layer
+
+
 def _bert_layer(layer: nn.Module) -> Layer:
     attention, output, up = layer.attention, layer.output, layer.intermediate
     own, after = attention.self, attention.output
@@ -125,8 +129,7 @@ def _bert_between(model: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, tu
 
 
 def _bert(prefix: str, after_padding: bool, output: str) -> Family:
-    blocks = lambda model: model.encoder.layer  # noqa: E731
-    parts = _bert_embeddings, blocks, _bert_layer, _bert_between
+    parts = _bert_embeddings, _bert_blocks, _bert_layer, _bert_between
     return Family(prefix, *parts, after_padding, output)
 
 

@@ -78,7 +78,7 @@ def _being_exported() -> str:
     return "it is being exported" if exported else ""
 
 
-def version_of(t: Tensor) -> int | None:
+def _version(t: Tensor) -> int | None:
     """Return what a write to a tensor changes; None for one of inference mode."""
     return None if t.is_inference() else t._version
 
@@ -126,7 +126,7 @@ def run(model: nn.Module, cls: type, given: dict[str, Any], *, legacy: bool, sco
         if mask is not None and not batch.packed:
             last = _unread(last, mask.to(last.device, torch.bool))
     elif scored:  # tracing knows no weak tables
-        _unpacked[last] = _Rows(x, batch, version_of(last))
+        _unpacked[last] = _Rows(x, batch, _version(last))
     fields: dict[str, Any] = {"last_hidden_state": last}
     pooler = model._modules.get("pooler")
     if pooler is not None:
@@ -279,7 +279,7 @@ def score(head: nn.Module, cls: type, hidden: Tensor) -> Tensor:
     Those of an accelerated model are taken as the rows that they were made of.
     """
     known = None if torch.compiler.is_compiling() else _unpacked.get(hidden)
-    if known is not None and known.version != version_of(hidden):
+    if known is not None and known.version != _version(hidden):
         known = None
     transform, reason = head._modules.get("transform"), _being_exported()
     if transform is not None and not reason:

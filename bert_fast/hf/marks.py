@@ -98,7 +98,7 @@ class Replacement:
             setattr(self._owner, self._method, self.original)
             self._installed = None
 
-    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 

@@ -35,7 +35,7 @@ def encode(
     places = [first.setdefault(text, len(first)) for text in texts]
     args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != name}
     if (
-        "batch_size" not in to.named((texts, *args), kwargs)
+        "batch_size" not in to.by_name((texts, *args), kwargs)
         and max(map(len, first), default=0) < _SHORT
     ):
         kwargs["batch_size"] = _BATCH
