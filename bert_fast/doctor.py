@@ -198,7 +198,7 @@ def _products() -> str:
     chosen, times = products.cpu_library(), products.cpu_library_times()
     found = [f"{name} {ms:.2f} ms" for name, ms in times.items()]
     if chosen == "onednn" and products.packs_weights(torch.float32):
-        found.append("packed weights for few rows")
+        found.append("packed weights")
     if invariant.is_batch_invariant():
         found.append(f"batch-invariant: {invariant.ROWS} rows a call")
     return f"by {chosen} ({', '.join(found)})" if found else f"by {chosen}"

@@ -46,7 +46,7 @@ def test_how_products_are_made(monkeypatch):
         with products.fixed_cpu_library("blas"):
             assert doctor._products() == f"by blas ({said})".removesuffix(" ()")
         with products.fixed_cpu_library("onednn"):
-            packed = ", ".join(filter(None, (said, "packed weights for few rows")))
+            packed = ", ".join(filter(None, (said, "packed weights")))
             assert doctor._products() == f"by onednn ({packed})"
 
 

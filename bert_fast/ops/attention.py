@@ -77,8 +77,9 @@ def _fwd_cpu(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention, for sequences of one length that follow one another in one call.
 
-    Its tiles depend on that length alone, so none sees its batch, if only every head begins at a
-    multiple of 16 bytes: elsewhere its products sum in another order. The reference computes what
+    Its tiles depend on that length alone, if only every head begins at a multiple of 16 bytes:
+    elsewhere its products sum in another order. So with one thread no sequence sees its batch; with
+    several, one that shares a call may have other last bits than alone. The reference computes what
     cannot, what has dropout, for which there is no mask of ours, and 16 bits, where it is more
     exact at large scores.
     """
@@ -109,7 +110,7 @@ _fwd = registry.register(
     fake=_fwd_fake,
     cuda=_fwd_cuda,
     cpu=_fwd_cpu,
-    sees_batch=True,  # heads of 8 by two threads
+    sees_batch=True,  # sequences of one length, by several threads
 )
 _bwd = registry.register(
     "attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens,"

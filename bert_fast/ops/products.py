@@ -5,10 +5,11 @@ on some processors. Which one is better here is measured at first use, and their
 the last bits: `set_cpu_library` fixes the choice. oneDNN could add GELU on the way; it does not, so
 that a layer has the same bits whether or not gradients are on.
 
-oneDNN's products of few rows are faster yet with weights packed in its own order, which costs the
-weights' memory once more. A weight is packed when an inference of few rows meets it again, where a
-measurement says that this gains something and changes no bit. The packed one lives beside the
-weight, in no module, until the weight is written to or dies.
+oneDNN's products of few rows, and in bf16 or by small weights those of any number, are faster yet
+with weights packed in its own order, which costs the weights' memory once more. A weight is packed
+when an inference with such a product meets it again, where a measurement says that this gains
+something and changes no bit. The packed one lives beside the weight, in no module, until the weight
+is written to or dies.
 """
 
 import functools
