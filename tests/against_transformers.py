@@ -1,7 +1,7 @@
 """Hugging Face's BERT and ours: the same weights on the same input, and how far they are apart."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -134,25 +134,39 @@ def at_real_tokens(output, real: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def run(
-    model: torch.nn.Module, inputs: dict, real: torch.Tensor, only: tuple[str, ...] = ()
-) -> dict[str, torch.Tensor]:
-    """Outputs at real tokens and all gradients, as `grad NAME`.
+Named = dict[str, torch.Tensor]
 
-    The gradients are those of the model's own loss where it returns one, else of a random
-    projection of all outputs. `only` keeps the outputs of these names.
+
+def backward(
+    model: torch.nn.Module, inputs: dict, chosen: Callable[..., Named]
+) -> tuple[Named, Named]:
+    """What `chosen` takes of the outputs, and the leaves, which have their gradients.
+
+    These are of the model's own loss where it returns one, else of a random projection of all that
+    is taken. The leaves are the parameters and `inputs_embeds`.
     """
     model.zero_grad(set_to_none=True)
     leaves = dict(model.named_parameters())
     if "inputs_embeds" in inputs:
         leaves["inputs_embeds"] = inputs["inputs_embeds"].clone().requires_grad_()
         inputs = inputs | {"inputs_embeds": leaves["inputs_embeds"]}
-    found = at_real_tokens(model(**inputs), real)
-    if only:
-        found = {name: found[name] for name in only}
+    found = chosen(model(**inputs))
     loss = found["loss"] if "loss" in found else projection(found.values())
     loss.backward()
-    return {name: value.detach() for name, value in found.items()} | gradients(leaves)
+    return {name: value.detach() for name, value in found.items()}, leaves
+
+
+def run(
+    model: torch.nn.Module, inputs: dict, real: torch.Tensor, only: tuple[str, ...] = ()
+) -> Named:
+    """Outputs at real tokens and all gradients, as `grad NAME`; `only` keeps these outputs."""
+
+    def chosen(output) -> Named:
+        found = at_real_tokens(output, real)
+        return {name: found[name] for name in only or found}
+
+    found, leaves = backward(model, inputs, chosen)
+    return found | gradients(leaves)
 
 
 def gradients(leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import transformers
-from against_transformers import CLASSES, batch, outside, perturb, projection
+from against_transformers import CLASSES, backward, batch, outside, perturb
 
 import bert_fast
 from bert_fast import functional
@@ -134,20 +134,8 @@ def structure(output):
 
 
 def measured(model, inputs: dict, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs at real tokens and `grad NAME` of each parameter that gets a gradient.
-
-    The gradients are those of the model's loss where it returns one, else of a random projection
-    of all its outputs.
-    """
-    model.zero_grad(set_to_none=True)
-    leaves = dict(model.named_parameters())
-    if "inputs_embeds" in inputs:
-        leaves["inputs_embeds"] = inputs["inputs_embeds"].clone().requires_grad_()
-        inputs = inputs | {"inputs_embeds": leaves["inputs_embeds"]}
-    found = at_real_tokens(model(**inputs), real)
-    loss = found["loss"] if "loss" in found else projection(found.values())
-    loss.backward()
-    found = {name: value.detach() for name, value in found.items()}
+    """Outputs at real tokens and `grad NAME` of each parameter that gets a gradient."""
+    found, leaves = backward(model, inputs, lambda output: at_real_tokens(output, real))
     return found | {f"grad {n}": p.grad.clone() for n, p in leaves.items() if p.grad is not None}
 
 

@@ -161,6 +161,23 @@ def test_padding_is_zero(name):
         assert largest(out.pooler_output[2]) == 0
 
 
+TOKEN_HEADS = [n for n in MODELS if n.endswith(("MaskedLM", "PreTraining", "TokenClassification"))]
+PACKED_HEADS = {f"{family}ForMaskedLM" for family in ("Bert", "Roberta", "XLMRoberta")}
+PACKED_HEADS.add("BertForPreTraining")
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+def test_heads_at_padding(name):
+    """Those that run packed give 0, the others what they make of a row of zeros."""
+    model = bert_fast.accelerate(plain(name), strict=True)
+    inputs, real = form(name, model, padding="holes")
+    with torch.no_grad():
+        (logits,) = (t for t in model(**inputs).values() if t.shape[:2] == real.shape)
+    found = logits[~real]
+    assert (largest(found) == 0) == (name in PACKED_HEADS)
+    assert largest(found - found[:1]) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*BASES, "BertForMaskedLM", "RobertaForMaskedLM"])
 def test_low_precision(name, dtype):
