@@ -7,15 +7,18 @@
     held_out-00000...           the same of the documents that are kept for evaluation
     tokenizer.json ...          the tokenizer, as transformers opens it
 
-A document lies in one shard as a whole. The directory takes its name when everything in it is on
-the disk, the manifest last, so that a directory with a manifest is complete.
+A document lies in one shard as a whole. The manifest comes last, so that a directory that has one
+is complete.
 """
 
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +34,7 @@ SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "sentences", "documents")
 SHARD_TOKENS = 2**26
 _BLOCK = 1 << 20
+_LEFT = re.compile(r"\.[0-9a-f]{16}\.tmp", re.ASCII)  # of writers that were killed
 
 
 @dataclass(frozen=True)
@@ -108,27 +112,23 @@ class Corpus:
         """
         self.path = Path(path)
         self.manifest = read_json(self.path, MANIFEST)
-        self.digest = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
-        where, got = self.path / MANIFEST, self.manifest.get("format")
-        if got != FORMAT or self.manifest.get("version") != VERSION:
-            want = f"{FORMAT} of version {VERSION}"
-            version = self.manifest.get("version")
-            raise ValueError(f"{where}: want a {want}, got {got!r:.200} {version!r:.200}")
-        splits = self.manifest.get("splits")
-        if not isinstance(splits, dict) or not splits.keys() <= {*SPLITS}:
-            raise ValueError(f"{where}: splits: want {', '.join(SPLITS)}, got {splits!r:.200}")
-        if verify:
-            for name, entry in self.manifest["tokenizer"].items():
-                _verify(plain_file(self.path, name), entry)
-        self._splits = {
-            name: Split(name, tuple(self._shard(entry, verify) for entry in split["shards"]))
-            for name, split in splits.items()
-        }
-
-    @property
-    def vocab_size(self) -> int:
-        """Every token is less."""
-        return self.manifest["vocab_size"]
+        self.digest = _entry(self.path / MANIFEST)["sha256"]
+        where, get = self.path / MANIFEST, self.manifest.get
+        if get("format") != FORMAT or get("version") != VERSION:
+            got = f"{get('format')!r:.200} {get('version')!r:.200}"
+            raise ValueError(f"{where}: want a {FORMAT} of version {VERSION}, got {got}")
+        try:
+            if verify:
+                for name, said in self.manifest["tokenizer"].items():
+                    _verify(plain_file(self.path, name), said)
+            self.vocab_size = int(self.manifest["vocab_size"])  # every token is less
+            self._splits = {
+                name: Split(name, tuple(self._shard(said, verify) for said in split["shards"]))
+                for name, split in self.manifest["splits"].items()
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where}: want the entries of a {FORMAT}, got {got}") from error
 
     def split(self, name: str) -> Split:
         """Return the documents for a purpose, "train" or "held_out".
@@ -140,31 +140,50 @@ class Corpus:
             raise ValueError(f"{self.path}: want documents for {name!r}, got none")
         return self._splits[name]
 
-    def _shard(self, entry: Mapping[str, Any], verify: bool) -> Shard:
+    def _shard(self, said: Mapping[str, Any], verify: bool) -> Shard:
         arrays = {}
         for kind in ARRAYS:
-            said = entry["files"][kind]
-            path = plain_file(self.path, said["name"])
-            if (got := path.stat().st_size) != said["bytes"]:
-                raise ValueError(f"{path}: want {said['bytes']} bytes, got {got}")
+            file = said["files"][kind]
+            path = plain_file(self.path, file["name"])
+            if (got := path.stat().st_size) != file["bytes"]:
+                raise ValueError(f"{path}: want {file['bytes']} bytes, got {got}")
             if verify:
-                _verify(path, said)
+                _verify(path, file)
             arrays[kind] = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._check(path, kind, arrays[kind], said)
+        inner = [len(arrays[kind]) for kind in ARRAYS[:2]]
+        for kind, end in zip(ARRAYS[1:], (inner[0], inner[1] - 1), strict=True):
+            if arrays[kind][0] != 0 or arrays[kind][-1] != end:
+                got = f"{arrays[kind][0]} to {arrays[kind][-1]}"
+                raise ValueError(f"{self.path}: {kind}: want borders from 0 to {end}, got {got}")
         return Shard(**arrays)
+
+    def _check(self, path: Path, kind: str, got: np.ndarray, said: Mapping[str, Any]) -> None:
+        dtype = _dtype(self.vocab_size) if kind == "tokens" else np.dtype(np.int64)
+        length = said[kind] + (kind != "tokens")
+        if got.dtype != dtype or got.shape != (length,):
+            want = f"{dtype} {[length]}"
+            raise ValueError(f"{path}: want {want}, got {got.dtype} {[*got.shape]}")
 
 
 class CorpusWriter:
-    """Writes a corpus beside its place and moves it there when all is done.
+    """Writes a corpus under other names, and gives the files their own when all is done.
 
     with CorpusWriter(target, vocab_size=8000) as writer:
-        writer.add("train", [ids of a sentence, ids of the next, ...])
+        writer.add("train", tokens of a document, lengths of its sentences)
         writer.finish({"sources": ...}, save_tokenizer=tokenizer.save_pretrained)
 
     Leaving the block without `finish`, or with an exception, leaves nothing behind.
     """
 
-    def __init__(self, target: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
-        """Make the directory in which is written, beside the target.
+    def __init__(
+        self,
+        target: str | os.PathLike,
+        *,
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        """Make the directory, and in it one in which is written.
 
         Args:
             target: where the corpus goes; there must be nothing, or an empty directory.
@@ -174,129 +193,157 @@ class CorpusWriter:
         Raises:
             FileExistsError: something is there.
         """
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise FileExistsError(f"{target}: want a new or empty directory, got one with files")
-        self.target, self.vocab_size, self._most = target, vocab_size, shard_tokens
-        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self._parts: dict[str, _Part] = {name: _Part() for name in SPLITS}
+        self.target, self.vocab_size, self._most = Path(target), vocab_size, shard_tokens
+        self._made = not self.target.exists()
+        if not self._made:
+            if not self.target.is_dir():
+                raise FileExistsError(f"{target}: want a new or empty directory, got a file")
+            for path in self.target.iterdir():
+                if not _LEFT.fullmatch(path.name):
+                    want = "a new or empty directory"
+                    raise FileExistsError(f"{target}: want {want}, got one with {path.name}")
+                shutil.rmtree(path)
+        self._directory = self.target / f".{secrets.token_hex(8)}.tmp"
+        self._directory.mkdir(parents=True)
+        self._parts = {name: _Part(vocab_size) for name in SPLITS}
         self._shards: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.directory = target.parent / f".{target.name}.{os.getpid()}.tmp"
-        shutil.rmtree(self.directory, ignore_errors=True)  # of a process that is dead
-        self.directory.mkdir()
 
     def __enter__(self) -> "CorpusWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._made and not any(self.target.iterdir()):
+            self.target.rmdir()
 
-    def add(self, split: str, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+    def add(
+        self, split: str, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
+    ) -> None:
         """Append a document.
 
         Args:
             split: "train" or "held_out".
             tokens: (n,) integers, the ids of all its sentences behind one another.
-            lengths: how many each of its sentences has; none of them 0.
+            lengths: how many each of its sentences has, at least one.
+
+        Raises:
+            ValueError: another split, an id out of range, lengths that are not those of n tokens.
         """
+        if split not in self._parts:
+            raise ValueError(f"split: want {' or '.join(SPLITS)}, got {split!r}")
         part = self._parts[split]
-        part.tokens.append(np.asarray(tokens, self._dtype))
-        part.lengths.append(np.asarray(lengths, np.int64))
-        part.count += len(tokens)
-        if part.count >= self._most:
+        part.add(np.asarray(tokens), np.asarray(lengths, np.int64))
+        if len(part.tokens) >= self._most:
             self._flush(split)
 
-    def finish(self, facts: Mapping[str, Any], save_tokenizer: Any) -> Path:
-        """Write the rest and the manifest, and put the directory in its place.
+    def finish(
+        self,
+        facts: Mapping[str, Any],
+        save_tokenizer: Callable[[Path], Iterable[str | os.PathLike]],
+    ) -> Path:
+        """Write the rest, give the files their names, and write the manifest.
 
         Args:
             facts: what else the manifest says: sources, problems, options.
-            save_tokenizer: called with the directory; returns the paths of the files it wrote.
+            save_tokenizer: called with a directory; returns the paths of the files it wrote there.
         """
         for name in SPLITS:
-            if self._parts[name].tokens:
-                self._flush(name)
-        files = [Path(path) for path in save_tokenizer(self.directory)]
-        manifest = {"format": FORMAT, "version": VERSION, "vocab_size": self.vocab_size}
-        manifest["tokenizer"] = {path.name: _entry(path) for path in files}
-        manifest["splits"] = {
-            name: {
-                **{kind: sum(shard[kind] for shard in shards) for kind in reversed(ARRAYS)},
-                "shards": shards,
-            }
-            for name, shards in self._shards.items()
+            self._flush(name)
+        files = [Path(path) for path in save_tokenizer(self._directory)]
+        manifest = {
+            **facts,
+            "format": FORMAT,
+            "version": VERSION,
+            "vocab_size": self.vocab_size,
+            "tokenizer": {path.name: _entry(path) for path in files},
+            "splits": {
+                name: {
+                    **{kind: sum(shard[kind] for shard in shards) for kind in ARRAYS},
+                    "shards": shards,
+                }
+                for name, shards in self._shards.items()
+            },
         }
-        with open(self.directory / MANIFEST, "wb") as file:
-            file.write((json.dumps(manifest | dict(facts), indent=1) + "\n").encode())
-        for path in self.directory.iterdir():
-            _sync(path)
-        _sync(self.directory)
-        if self.target.exists():
-            self.target.rmdir()  # it is empty
-        os.rename(self.directory, self.target)
-        _sync(self.target.parent)
+        with open(self._directory / MANIFEST, "wb") as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
+        names = sorted(os.listdir(self._directory), key=lambda name: name == MANIFEST)
+        for name in names:
+            _sync(self._directory / name)
+        for name in names[:-1]:
+            os.rename(self._directory / name, self.target / name)
+        _sync(self.target)
+        os.rename(self._directory / MANIFEST, self.target / MANIFEST)
+        _sync(self.target)
         return self.target
 
     def _flush(self, split: str) -> None:
-        part, self._parts[split] = self._parts[split], _Part()
-        shards = self._shards[split]
-        lengths = np.concatenate(part.lengths)
-        arrays = {
-            "tokens": np.concatenate(part.tokens),
-            "sentences": np.concatenate([[0], np.cumsum(lengths)]),
-            "documents": np.concatenate([[0], np.cumsum([*map(len, part.lengths)])]),
-        }
-        files = {}
-        for kind, array in arrays.items():
-            path = self.directory / f"{split}-{len(shards):05}.{kind}.npy"
+        """Write what was collected as a shard."""
+        part, self._parts[split] = self._parts[split], _Part(self.vocab_size)
+        if not part.tokens:
+            return
+        shards, files = self._shards[split], {}
+        for kind in ARRAYS:
+            path = self._directory / f"{split}-{len(shards):05}.{kind}.npy"
             with open(path, "wb") as file:
-                np.save(file, array if kind == "tokens" else array.astype(np.int64))
+                np.save(file, np.frombuffer(getattr(part, kind), getattr(part, kind).typecode))
             files[kind] = {"name": path.name} | _entry(path)
         counts = {
-            "documents": len(part.lengths),
-            "sentences": len(lengths),
-            "tokens": len(arrays["tokens"]),
+            "documents": len(part.documents) - 1,
+            "sentences": len(part.sentences) - 1,
+            "tokens": len(part.tokens),
         }
         shards.append(counts | {"files": files})
 
 
 class _Part:
-    """What is collected for the next shard."""
+    """What is collected for the next shard: the three arrays, growing."""
 
-    def __init__(self) -> None:
-        self.tokens: list[np.ndarray] = []
-        self.lengths: list[np.ndarray] = []
-        self.count = 0
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.tokens = array(_dtype(vocab_size).char)
+        self.sentences, self.documents = array("q", [0]), array("q", [0])
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(tokens):
+            want = f"sentences of 1 token or more, {len(tokens)} together"
+            raise ValueError(f"lengths: want {want}, got {[*lengths[:5]]} of {lengths.sum()}")
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            got = f"{tokens.min()} to {tokens.max()}"
+            raise ValueError(f"tokens: want 0 to {self._vocab_size - 1}, got {got}")
+        ends = len(self.tokens) + np.cumsum(lengths)
+        self.tokens.frombytes(tokens.astype(self.tokens.typecode).tobytes())
+        self.sentences.frombytes(ends.tobytes())
+        self.documents.append(len(self.sentences) - 1)
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def _entry(path: Path) -> dict[str, Any]:
     """Return what the manifest says of a file."""
     digest, size = hashlib.sha256(), 0
-    for block in _blocks(path):
-        digest.update(block)
-        size += len(block)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _verify(path: Path, said: Mapping[str, Any]) -> None:
-    got = _entry(path)
-    for what, value in got.items():
-        if said.get(what) != value:
-            raise ValueError(f"{path}: {what}: want {said.get(what)!r:.200}, got {value}")
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb", buffering=0) as file:
-        yield from iter(lambda: file.read(_BLOCK), b"")
+    for what, got in _entry(path).items():
+        if said[what] != got:
+            raise ValueError(f"{path}: {what}: want {said[what]!r:.200}, got {got}")
 
 
 def _sync(path: Path) -> None:
     """Have the disk hold a file, or a directory's names, where the system can say so."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
         if path.is_file():
             raise
-    finally:
-        os.close(handle)
