@@ -339,6 +339,9 @@ def test_what_is_not_ours_stays(tmp_path):
     (tmp_path / "step-00000012/model.safetensors").write_text("mine")
     (tmp_path / "step-00000013").symlink_to(tmp_path / "step-00000010")
     (tmp_path / "step-00000014").write_text("mine")
+    for step in (10, 15):
+        (tmp_path / f"step-{step:08}.old").mkdir()
+        (tmp_path / f"step-{step:08}.old/notes.txt").write_text("mine")
     (tmp_path / "best").mkdir()
     (tmp_path / ".step-00000015.tmp").mkdir()
     others = [name for name in names(tmp_path) if name != "step-00000010"]
@@ -350,6 +353,22 @@ def test_what_is_not_ours_stays(tmp_path):
             save(tmp_path, step)
         assert contents(tmp_path) == before
     assert newest(tmp_path)[0] == 20
+
+
+def test_one_that_stepped_aside(tmp_path):
+    """It counts until the new one is in its place, and then no more."""
+    save(tmp_path, 10)
+    (tmp_path / "step-00000010").rename(tmp_path / "step-00000010.old")
+    assert newest(tmp_path) == (10, [])
+    path = Checkpoints(tmp_path).save(state(10, mark=11), config=CONFIG, tokenizer=TOKENIZER)
+    assert names(tmp_path) == [path.name]
+    shutil.copytree(path, tmp_path / "step-00000010.old")
+    (path / "state.json").write_bytes((path / "state.json").read_bytes() + b" ")
+    assert newest(tmp_path)[0] == 10
+    assert Checkpoints(tmp_path).newest(print).path.suffix == ".old"
+    save(tmp_path, 10)
+    shutil.copytree(path, tmp_path / "step-00000010.old")
+    assert Checkpoints(tmp_path).newest(print).path == path
 
 
 def test_nothing_there(tmp_path):

@@ -187,7 +187,7 @@ class Checkpoints:
             if _LEFT.fullmatch(name) and path.is_dir() and not path.is_symlink():
                 _remove_tree(path)
         for path in self._found():
-            if path.suffix == ".old":
+            if path.suffix == ".old" and not _foreign(path):
                 if os.path.lexists(path.with_suffix("")):
                     _remove(path)
                 else:
@@ -346,9 +346,7 @@ def _foreign(path: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, unless there is something in it that is not ours."""
-    if _foreign(path):
-        return
+    """Remove a checkpoint of ours; at no moment it is half there."""
     temporary = _temporary(path)
     try:
         os.rename(path, temporary)
