@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     *(["doctor"], ["encode"], ["fill-mask"], ["verify"]),
     *(["convert", "from-tf"], ["convert", "to-hf"], ["convert", "legacy-names"]),
+    *(["data", "vocab"], ["data", "prepare"], ["data", "inspect"]),
 )
 
 
@@ -28,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 # --- help ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [[], ["convert"], *VERBS], ids=" ".join)
+@pytest.mark.parametrize("verb", [[], ["convert"], ["data"], *VERBS], ids=" ".join)
 def test_help_is_readable(verb, capfd, monkeypatch):
     """In 80 columns, without colours, with every option explained."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -53,6 +54,9 @@ def test_the_examples_of_the_help_work(verb, capfd, folder, request):
         source = request.getfixturevalue("shared") / "data" / "ckpt" / "tf_google_tiny"
         shutil.rmtree(folder / "model")
         shutil.copytree(source, folder / "uncased_L-12_H-768_A-12")
+    if verb[-1] == "inspect":
+        made = ["data", "prepare", "book.txt", "--tokenizer", "model", "-o", "corpus"]
+        assert call(capfd, *made)[0] == 0
     command = folder / "bin" / "bert-fast"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m bert_fast "$@"\n')
@@ -73,6 +77,9 @@ def test_the_examples_of_the_help_work(verb, capfd, folder, request):
             "from-tf": {"model"},
             "to-hf": {"converted"},
             "legacy-names": {"renamed"},
+            "vocab": {"tokenizer", "cased"},
+            "prepare": {"corpus", "made"},
+            "inspect": set(),
         }[verb[-1]]
     )
     assert not [name for name in made if name.endswith(".parts")]

@@ -114,7 +114,7 @@ def vocab(
 @data.command(
     epilog=example(
         "bert-fast data prepare book.txt --tokenizer model -o corpus --held-out 0.2",
-        "bert-fast data prepare reviews.csv --column body --tokenizer model -o reviews",
+        "bert-fast data prepare reviews.csv --column body --tokenizer model -o made",
     )
 )
 def prepare(
@@ -146,9 +146,11 @@ def prepare(
     progress: Bar = True,
     debug: Debug = False,
 ) -> None:
-    """Make a corpus: memory-mapped shards of tokens, the tokenizer, and a manifest.
+    """Make a corpus of texts.
 
-    Text files have a blank line between documents; the records of other formats are documents.
+    It is memory-mapped shards of tokens, the tokenizer, and a manifest. Text files have a blank
+    line between documents; the records of other formats are documents.
+
     What is wrong with a text is repaired or left out, counted, and named in the manifest. A literal
     [MASK] or [SEP] stays text. The same files and options give the same bytes.
     """
