@@ -147,8 +147,10 @@ def _restored(
         made["step"] = step.to(p.device if on_device else "cpu", torch.float32, copy=True)
         for kind in MOMENTS[:2]:
             made[kind] = _like(p, wide if ours else p.dtype, state.moments[f"{kind}.{name}"])
-        if ours and optimizer.master_weights and p.dtype.itemsize == 2:
-            made["master"] = _like(p, wide, state.weights[name])
+    if ours and optimizer.master_weights and p.dtype.itemsize == 2:
+        master = _like(p, wide, state.weights[name])
+        if made or not torch.equal(master, p.to(wide)):  # else the first step makes the same
+            made["master"] = master
     return made
 
 
