@@ -9,11 +9,12 @@ import math
 import os
 import re
 import secrets
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -138,6 +139,42 @@ def staged(directory: Path) -> Iterator[Callable[[str, Iterable[bytes | memoryvi
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> BinaryIO | None:
+    """Hold a file, made if need be, so that no other process can while this one lives.
+
+    Returns:
+        The file: close it to let it go. None where the system or file system knows no such locks.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OSError(f"{path.parent}: another run is working there") from None
+    except OSError:
+        file.close()
+        return None
+    _held.add(file)
+    return file
+
+
+def _let_go() -> None:
+    """In a forked process, which would hold a file for longer than its parent lives."""
+    for file in _held:
+        file.close()
+
+
+_held: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def find_directory(

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from bert_fast.data.readers import STDIN
 from bert_fast.encode.peers import Peers
-from bert_fast.files import read_json, staged
+from bert_fast.files import hold, read_json, staged
 
 MANIFEST, PUBLISHING, JOINED, LOCK = "manifest.json", "publishing.json", "joined", "lock"
 _MEASURED = "measured"
@@ -147,27 +147,13 @@ class Work:
         for name in os.listdir(self.path):
             if not _OURS.fullmatch(name):
                 raise FileExistsError(f"{self.path}: holds {name}, which is of no encoding")
-        self._hold()
+        self._lock = hold(self.path / LOCK)
         if not _is_of(manifest, found):
             for path in self.path.iterdir():
                 if path.name != LOCK and not path.name.startswith("process-"):
                     path.unlink(missing_ok=True)
             text = json.dumps(manifest | {_MEASURED: measure()}, indent=1)
             self.keep(MANIFEST, [text.encode()])
-
-    def _hold(self) -> None:
-        """Keep other runs out for as long as this process lives."""
-        try:
-            import fcntl
-        except ImportError:  # not a system with such locks
-            return
-        self._lock = open(self.path / LOCK, "ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"{self.path}: another run is working there") from None
-        except OSError:
-            pass  # not a file system with locks
 
     def _manifest(self) -> dict[str, Any] | None:
         return _read(self.path, MANIFEST)

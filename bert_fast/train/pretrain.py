@@ -14,7 +14,7 @@ import torch
 
 from bert_fast.data.batches import Batch, Batches, Position, Step, steps
 from bert_fast.data.synthetic import SyntheticBatches
-from bert_fast.files import staged
+from bert_fast.files import hold, staged
 from bert_fast.ops.products import LIBRARIES, cpu_library, set_cpu_library
 from bert_fast.train.build import DTYPES, Texts, build, build_model
 from bert_fast.train.checkpoints import Checkpoint, Checkpoints, load
@@ -27,7 +27,7 @@ from bert_fast.train.state import capture, restore
 from bert_fast.train.step import NonFiniteError, Stepper, evaluate, first_nonfinite
 
 DONE, NON_FINITE, DISK, TERMINATED = 0, 65, 74, 143
-CHECKPOINTS, SETTINGS, CURVES = "checkpoints", "settings.yaml", "curves.png"
+CHECKPOINTS, SETTINGS, CURVES, LOCK = "checkpoints", "settings.yaml", "curves.png", "lock"
 _INTERRUPTED = 130
 _STATUS = {signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED, signal.SIGINT: _INTERRUPTED}
 
@@ -105,9 +105,11 @@ class _Run:
     def go(self, asked: list[int]) -> int:
         """Train from where the last run stopped to the end; return the exit status."""
         settings, ranks = self.settings, self.ranks
-        self._resume()
         if ranks.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.output / LOCK)
+        self._resume()
+        if ranks.rank == 0:
             (self.output / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
         ceiling = peak(ranks.device, DTYPES[settings.precision])
         done = {"steps": settings.steps, "step": self.step}
