@@ -54,8 +54,9 @@ aot-table: $(INSTALLED)  ## compile every kernel for every GPU, write tests/aot_
 mutants: $(INSTALLED)  ## plant faults in copies of the checkout: each must make a test fail
 	$(BIN)/python tests/mutate.py
 
-demo: $(EXTENSION)  ## BERT-base on a page of English: checked, timed beside transformers
+demo: $(EXTENSION)  ## BERT-base on a page of English, checked and timed; a small BERT learns from a book
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo_training.py
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
