@@ -6,11 +6,10 @@ from itertools import pairwise
 import corpora
 import numpy as np
 import pytest
-from pairs_reference import WORD, philox, reference_pairs, truncated
+from pairs_reference import reference_pairs, truncated
 
 from bert_fast.data import instances
 from bert_fast.data.instances import SPECIAL_TOKENS, pairs_of
-from bert_fast.data.reference import words
 from bert_fast.data.shards import Shard, Split
 
 KINDS = {  # documents, sentences in one, tokens in one of those
@@ -54,13 +53,6 @@ def documents_of(split, shard, start):
 
 
 # --- beside a slow walk ---------------------------------------------------------------------------
-
-
-def test_the_words_of_the_slow_walk():
-    for seed, epoch, number in ((0, 0, 0), (2**64 - 3, 2**31 - 1, 2**40 + 7), (12345, 9, 77)):
-        got = words(seed, 2 * epoch + 1, np.zeros(1, np.int64), np.array([number], np.uint64))
-        want = philox(seed, 2 * epoch + 1, 0, number % WORD, number // WORD)
-        assert tuple(got[0].tolist()) == want
 
 
 @KIND
