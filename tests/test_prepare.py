@@ -133,11 +133,17 @@ def test_parts_of_a_document_stay_together(tmp_path, monkeypatch):
     """No sentence of one document is in both splits."""
     monkeypatch.setattr(documents_module, "MAX_DOCUMENT", 40)
     path = tmp_path / "a.txt"
-    path.write_text("\n\n".join("\n".join(["the whale dived. It came."] * 5) for _ in range(20)))
+    texts = [[f"the whale {i} dived. It came.", f"the sea {i} was calm."] * 3 for i in range(20)]
+    path.write_text("\n\n".join("\n".join(lines) for lines in texts))
     done = prepare(path, tmp_path / "c", TOKENIZER, workers=0, held_out=0.5)
     assert done.problems["divided"]["count"] == 20
-    assert done.documents["train"] % 5 == done.documents["held_out"] % 5 == 0
-    assert sum(done.documents.values()) == 100
+    found = {
+        split: {tuple(ids) for document in parts for ids in document if len(ids) > 3}
+        for split, parts in read_corpus(done.path).items()
+    }
+    assert all(done.documents.values()) and sum(done.documents.values()) == 20 * 6
+    both = found["train"] & found["held_out"]
+    assert both == {tuple(ids_of("It came."))}
 
 
 def test_the_official_sample(tmp_path, shared):

@@ -140,7 +140,7 @@ def prepare(
     seed: Annotated[int, typer.Option(metavar="N", help="Chooses those.")] = 0,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="Processes.  [default: one for each processor]"),
+        typer.Option(min=0, metavar="N", help="Processes.  [default: as processors]"),
     ] = None,
     strict: Strict = False,
     progress: Bar = True,

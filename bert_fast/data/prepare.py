@@ -12,7 +12,7 @@ import numpy as np
 
 from bert_fast.data.documents import Document, Documents, Problems
 from bert_fast.data.shards import SPLITS, CorpusWriter
-from bert_fast.data.tokenizing import Tokenize, Tokens, Workers, processors
+from bert_fast.data.tokenizing import Tokenize, Tokens, Workers, default_workers
 
 CHUNK = 1_000_000  # characters that are tokenized together, about
 MOST_UNKNOWN = 0.05  # share of unknown tokens above which a warning is given
@@ -78,7 +78,7 @@ def prepare(
         held_out: share of the documents that are kept for evaluation; a hash of the seed and a
             document's number chooses them.
         seed: of that choice.
-        workers: processes that tokenize; 0: this one; None: as many as there are processors.
+        workers: processes that tokenize; 0: this one; None: one for each processor, at most 16.
         strict: raise for texts that cannot be read, and for files without a document.
         note: called with a line of text for the first problems of each kind.
         progress: called with bytes read, documents and tokens written.
@@ -93,7 +93,7 @@ def prepare(
     names, target = [os.fspath(source) for source in sources], Path(target)
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: want a share from 0 to less than 1, got {held_out}")
-    workers = processors() if workers is None else workers
+    workers = default_workers() if workers is None else workers
     if workers < 0:
         raise ValueError(f"workers: want 0 or more, got {workers}")
     if missing := [name for name in _SPECIAL if getattr(tokenizer, f"{name}_id") is None]:

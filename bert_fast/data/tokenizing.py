@@ -22,6 +22,7 @@ import numpy as np
 
 from bert_fast.data.sentences import split_sentences
 
+MOST_WORKERS = 16  # more than one reader keeps busy
 _BATCH_CHARACTERS = 250_000  # that are tokenized at a time: what bounds the memory of a process
 _AHEAD = 2  # chunks under way for each process
 
@@ -159,11 +160,11 @@ class Workers:
             raise RuntimeError(f"{want}, got a dead one (killed? out of memory?)") from error
 
 
-def processors() -> int:
-    """Return how many processors this process may use."""
+def default_workers() -> int:
+    """Return the number of processors this process may use, or MOST_WORKERS."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 _function: Callable[[Any], Any]  # of a worker
@@ -175,11 +176,10 @@ def _begin(function: Callable[[Any], Any]) -> None:
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _die_with(parent: int) -> None:
-    """Leave when the parent is gone."""
+def _die_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
