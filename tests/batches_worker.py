@@ -110,6 +110,7 @@ def split_of(folder: Path) -> Split:
 ACTIONS = {
     "nothing": lambda: None,
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGTERM to all": lambda: os.killpg(os.getpgid(0), signal.SIGTERM),
     "SIGINT to all": lambda: os.killpg(os.getpgid(0), signal.SIGINT),
     "SIGKILL to a worker": kill_one(signal.SIGKILL),
     "SIGTERM to a worker": kill_one(signal.SIGTERM),

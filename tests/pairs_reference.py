@@ -1,8 +1,8 @@
 """The pairs of an epoch, one after the other, in plain Python.
 
 The walk is that of `create_instances_from_document` in Google's create_pretraining_data.py, with a
-length to reach for each pair, and with debts: a pair that can only have a random second segment
-makes the next one that could have either have the one that follows.
+length to reach for each pair, and with a lot that makes up for pairs that can only have a random
+second segment: it is moved until there are as many of those as of others.
 """
 
 from corpora import Document, Pair
@@ -54,8 +54,28 @@ def reference_pairs(
     documents: list[Document], *, seed: int, epoch: int, max_length: int, short_seq_prob: float
 ) -> list[Pair]:
     """The pairs in the order of the epoch."""
-    most, key = max_length - 3, mixed(seed ^ PAIRS_KEY)
-    found, owed, base = [], 0, 0
+    key, share, tries = mixed(seed ^ PAIRS_KEY), 0.5, []
+    for _ in range(5):
+        found = walked(documents, key, epoch, max_length - 3, short_seq_prob, share)
+        excess = sum(pair.random for pair in found) - len(found) / 2
+        if excess * excess <= len(found) / 4:
+            break
+        slope = len(found)
+        if tries:
+            slope = (excess - tries[-1][1]) / (share - tries[-1][0])
+        tries.append((share, excess))
+        share = min(1.0, max(0.0, share - excess / max(slope, 1.0)))
+        if share == tries[-1][0]:
+            break
+    turn = {p.number: mixed((p.number * GOLDEN + epoch & MASK) ^ key) for p in found}
+    return sorted(found, key=lambda pair: turn[pair.number])
+
+
+def walked(
+    documents: list[Document], key: int, epoch: int, most: int, short_seq_prob: float, share: float
+) -> list[Pair]:
+    """The pairs in the order of the documents."""
+    found, base = [], 0
     for own, document in enumerate(documents):
         i = 0
         while i < len(document):
@@ -70,11 +90,9 @@ def reference_pairs(
                 if len(flat(chunk)) >= target:
                     break
             if len(chunk) == 1:
-                a_end, random, owed = 1, True, owed + 1
+                a_end, random = 1, True
             else:
-                a_end, random = between(split, 1, len(chunk) - 1), lot < WORD // 2
-                if owed:
-                    random, owed = False, owed - 1
+                a_end, random = between(split, 1, len(chunk) - 1), lot < round(share * WORD)
             a, b = flat(chunk[:a_end]), flat(chunk[a_end:])
             if random:
                 others = [n for n in range(len(documents)) if n != own]
@@ -87,5 +105,4 @@ def reference_pairs(
             found.append(Pair(number, *truncated(a, b, most, cuts), random))
             i += a_end if random else len(chunk)
         base += len(document)
-    turn = {p.number: mixed((p.number * GOLDEN + epoch & MASK) ^ key) for p in found}
-    return sorted(found, key=lambda pair: turn[pair.number])
+    return found

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
+import corpora
 import numpy as np
 import pytest
 import torch
@@ -102,10 +104,10 @@ def outcomes(folder, *cases):
 
 
 def test_signals_and_workers_that_die(tmp_path):
-    alive = ("nothing", "SIGTERM", "SIGINT to all")
+    alive = ("nothing", "SIGTERM", "SIGINT to all", "SIGTERM to all")
     killed = ("SIGKILL to a worker", "SIGTERM to a worker")
     got = outcomes(tmp_path, *alive, *killed, "exit 1", "raise 0", "raise 2")
-    for case, told in zip(alive, ([], [15], [2]), strict=True):
+    for case, told in zip(alive, ([], [15], [2], [15]), strict=True):
         want = {"steps": 12, "same": True, "told": told, "error": None, "left": 0}
         assert got[case] == want, case
     for case in killed:
@@ -188,3 +190,17 @@ def test_a_model_takes_a_micro_batch(split, kind):
     loss.backward()
     assert abs(sums.mlm / counts[0] - np.log(V)) < 0.5
     assert abs(sums.nsp / counts[1] - np.log(2)) < 0.2
+
+
+@pytest.mark.parametrize(("lengths", "tokens"), [([10, 10, 100], 100), ([100, 10], 115)])
+def test_random_ids_keep_to_a_budget_whatever_the_turn(lengths, tokens):
+    made = SyntheticBatches(1000, lengths, mlm_probability=0.15, seed=0, tokens=tokens)
+    totals = [made[0, number]["input_ids"].numel() for number in range(9)]
+    assert max(totals) <= tokens < max(totals) + max(lengths), totals
+
+
+def test_micro_batches_travel_to_a_worker_that_is_not_forked():
+    split = corpora.in_memory(corpora.numbered([[4, 4], [4, 4]]))
+    batches = batches_of(split)
+    batches.count(0)
+    assert pickle.loads(pickle.dumps(batches)).count(0) == batches_of(split).count(0)

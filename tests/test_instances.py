@@ -148,7 +148,7 @@ def test_where_segments_are_from(tmp_path, kind):
             assert (begin[whole] == end[whole]).all() and (begin >= end)[~pairs.random].all()
             seen |= {*document_b[pairs.random].tolist()}
         if kind in ("one sentence", "short"):  # any document can be the other one
-            assert len(seen) > 0.95 * split.num_documents
+            assert len(seen) > 0.85 * split.num_documents
 
 
 def test_random_segments_begin_at_any_sentence_of_any_other_document():
@@ -191,6 +191,15 @@ def test_half_of_the_pairs_are_random(kind):
         n, ones, total = len(pairs), ones + pairs.random.sum(), total + len(pairs)
         assert abs(pairs.random.mean() - 0.5) < 4 * (0.25 / n) ** 0.5
     assert total > 5000 and abs(ones / total - 0.5) < 4 * (0.25 / total) ** 0.5
+
+
+def test_half_are_random_in_any_order_of_documents():
+    chance = random.Random(1)
+    long = corpora.lengths(chance, 500, (10, 30), (5, 25))
+    short = corpora.lengths(chance, 1200, (1, 1), (5, 25))
+    split = corpora.in_memory(corpora.drawn(chance, long + short, 100))
+    pairs = pairs_of(split, seed=2, epoch=0, max_length=64)
+    assert abs(pairs.random.mean() - 0.5) < 4 * (0.25 / len(pairs)) ** 0.5
 
 
 def test_both_kinds_of_pairs_stand_anywhere_in_an_epoch():

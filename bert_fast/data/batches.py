@@ -4,17 +4,17 @@ A micro-batch is a function of (seed, epoch, its number there), so a run that go
 than that number, and any number of processes, of workers in each, gives the same sequence.
 """
 
+import os
 import signal
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bert_fast.data.instances import Pairs, pairs_of
+from bert_fast.data.instances import Pairs, check_length, pairs_of
 from bert_fast.data.masking import MaskingRule, check_seed
 from bert_fast.data.packing import packed
 from bert_fast.data.reference import IGNORE
@@ -73,6 +73,7 @@ class Batches(Dataset):
             raise ValueError(f"sequences: want at least 1, got {sequences}")
         if tokens is not None and tokens < max_length:
             raise ValueError(f"tokens: want at least max_length, {max_length}, got {tokens}")
+        check_length(max_length)
         self.split, self.rule, self.cls_id, self.sep_id = split, rule, cls_id, sep_id
         self.max_length, self.seed, self.short_seq_prob = (
             max_length,
@@ -80,7 +81,11 @@ class Batches(Dataset):
             short_seq_prob,
         )
         self.sequences, self.tokens = sequences, tokens
-        self._epoch = lru_cache(2)(self._make_epoch)
+        self._made: dict[int, tuple[Pairs, np.ndarray]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a process that is not forked gets: it makes its epochs itself."""
+        return vars(self) | {"_made": {}}
 
     def count(self, epoch: int) -> int:
         """Return how many micro-batches an epoch has."""
@@ -94,6 +99,8 @@ class Batches(Dataset):
         """Return the pairs of a micro-batch."""
         epoch, number = position
         pairs, borders = self._epoch(epoch)
+        if not 0 <= number < len(borders) - 1:
+            raise IndexError(f"position: want a batch from 0 to {len(borders) - 2}, got {number}")
         return pairs[borders[number] : borders[number + 1]]
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
@@ -120,8 +127,17 @@ class Batches(Dataset):
         batch["next_sentence_label"] = torch.from_numpy(pairs.random.astype(np.int64))
         return batch
 
+    def _epoch(self, epoch: int) -> tuple[Pairs, np.ndarray]:
+        """Return the pairs of an epoch, and where its micro-batches begin and end.
+
+        The last two epochs are kept.
+        """
+        if epoch not in self._made:
+            kept = [*self._made.items()][-1:]
+            self._made = dict(kept) | {epoch: self._make_epoch(epoch)}
+        return self._made[epoch]
+
     def _make_epoch(self, epoch: int) -> tuple[Pairs, np.ndarray]:
-        """Return the pairs of an epoch, and where its micro-batches begin and end."""
         pairs = pairs_of(
             self.split,
             seed=self.seed,
@@ -191,8 +207,12 @@ def steps(
         pin_memory: put them into memory that a GPU copies from without waiting.
 
     Raises:
+        ValueError: micro_batches is no multiple of world.
         RuntimeError: a worker died.
     """
+    if micro_batches % world:
+        raise ValueError(f"micro_batches: want a multiple of {world}, got {micro_batches}")
+    batches.count(start[0])  # which forked workers need not find out again
     loader = DataLoader(
         batches,
         sampler=_Mine(batches, start, micro_batches, rank, world),
@@ -205,7 +225,10 @@ def steps(
     mine = range(rank, micro_batches, world)
     made = iter(loader)
     for positions in _plan(batches, start, micro_batches):
-        own = [(number, next(made)) for number in mine]
+        try:
+            own = [(number, next(made)) for number in mine]
+        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+            raise RuntimeError("a worker that makes batches died") from error
         yield Step(own, positions[rank::world], _after(batches, positions[-1]))
 
 
@@ -242,6 +265,7 @@ def _after(batches: Batches, position: Position) -> Position:
 
 
 def _as_worker(worker: int) -> None:
-    """A worker leaves signals to the process that started it."""
+    """A worker leaves signals, those to its group too, to the process that started it."""
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

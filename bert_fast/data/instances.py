@@ -13,15 +13,17 @@ processes find the same ones.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
-from bert_fast.data.reference import mix, words
+from bert_fast.data.reference import draw, mix
 from bert_fast.data.shards import Shard, Split
 
 SPECIAL_TOKENS = 3  # of a pair: [CLS] a [SEP] b [SEP]
 _KEY = 0x6E65787473656E74  # makes another key of the seed than masking has
 _BLOCK = 2**18  # sentences whose random words are held at a time
+_WALKS = 5  # at most, to find as many random pairs as others
 _WORD = 2**32
 
 
@@ -69,9 +71,8 @@ def pairs_of(
     """Return the pairs of an epoch, in the order in which it takes them.
 
     A pair whose first segment is a single sentence that fills it, or the last of its document, can
-    only have a random second one. For each of them another pair, whose second segment would be
-    chosen by lot, gets the one that follows: so half of all pairs are random, as far as there are
-    others.
+    only have a random second one. The lot of the others is drawn so much more often for the
+    segment that follows that half of all pairs are random, as far as there are others.
 
     Args:
         split: at least two documents.
@@ -83,122 +84,149 @@ def pairs_of(
     Raises:
         ValueError: fewer than two documents, or max_length is below 5.
     """
+    check_length(max_length)
+    if not 0 <= short_seq_prob <= 1:
+        raise ValueError(f"short_seq_prob: want 0 to 1, got {short_seq_prob}")
     if split.num_documents < 2:
         want = "at least two documents, of which one is another than the other"
         raise ValueError(f"{split.name}: want {want}, got {split.num_documents}")
-    if max_length < 2 + SPECIAL_TOKENS:
-        raise ValueError(f"max_length: want at least {2 + SPECIAL_TOKENS}, got {max_length}")
     key = int(mix(np.array([seed], np.uint64) ^ np.uint64(_KEY))[0])
     most, short = max_length - SPECIAL_TOKENS, round(short_seq_prob * _WORD)
+    blocks = [_Block(place, key, epoch, most, short) for place in _places(split)]
     others = _Others(split)
-    found, debt, base, document = [], 0, 0, 0
+    walks = _balanced(blocks)
+    found = [block.pairs(*walk, others) for block, walk in zip(blocks, walks, strict=True)]
+    names = [field.name for field in fields(Pairs)]
+    columns = (np.concatenate([getattr(part, name) for part in found]) for name in names)
+    pairs = Pairs(*columns)
+    turn = pairs.number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
+    return pairs[np.argsort(mix(turn ^ np.uint64(key)), kind="stable")]
+
+
+def check_length(max_length: int) -> None:
+    """Raise a ValueError where no pair fits into so many tokens."""
+    if max_length < 2 + SPECIAL_TOKENS:
+        raise ValueError(f"max_length: want at least {2 + SPECIAL_TOKENS}, got {max_length}")
+
+
+def _balanced(blocks: list["_Block"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return a walk through each block, half of whose pairs together are random.
+
+    Which pairs there are depends on which are random, so the share of the lot that does it is
+    found by trying, from each try to the next along the line through the last two.
+    """
+    share, before = 0.5, None
+    for _ in range(_WALKS):
+        walks = [block.walk(round(share * _WORD)) for block in blocks]
+        pairs = sum(len(starts) for starts, _ in walks)
+        excess = sum(np.count_nonzero(random) for _, random in walks) - pairs / 2
+        if excess**2 <= pairs / 4:  # within a deviation of what tossing a coin gives
+            break
+        rise = pairs if before is None else (excess - before[1]) / (share - before[0])
+        before = share, excess
+        share = min(max(share - excess / max(rise, 1.0), 0.0), 1.0)
+        if share == before[0]:
+            break
+    return walks
+
+
+class _Place(NamedTuple):
+    """Some documents of a shard.
+
+    Attributes:
+        shard: the shard.
+        at: its number.
+        first: number of the first document in the shard.
+        last: one more than that of the last.
+        sentences: those of the shards before.
+        documents: likewise.
+    """
+
+    shard: Shard
+    at: int
+    first: int
+    last: int
+    sentences: int
+    documents: int
+
+
+def _places(split: Split) -> Iterator[_Place]:
+    """Yield all documents, in parts of about _BLOCK sentences."""
+    sentences = documents = 0
     for at, shard in enumerate(split.shards):
-        for first, last in _blocks(shard):
-            block = _Block(shard, first, last, key, epoch, base, most, short)
-            starts, random, debt = block.walk(debt)
-            found.append(block.pairs(at, starts, random, others, document))
-        base += shard.num_sentences
-        document += shard.num_documents
-    pairs = Pairs(*(np.concatenate(c) for c in zip(*map(_columns, found), strict=True)))
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        turn = mix(pairs.number.astype(np.uint64) * golden + np.uint64(epoch) ^ np.uint64(key))
-    return pairs[np.argsort(turn, kind="stable")]
-
-
-def _columns(pairs: Pairs) -> Iterator[np.ndarray]:
-    return (getattr(pairs, field.name) for field in fields(pairs))
-
-
-def _blocks(shard: Shard) -> Iterator[tuple[int, int]]:
-    """Yield (first, last + 1) of documents that have about _BLOCK sentences together."""
-    first, count = 0, shard.num_documents
-    while first < count:
-        reach = int(shard.documents[first]) + _BLOCK
-        last = int(np.searchsorted(shard.documents, reach, side="right")) - 1
-        last = min(max(last, first + 1), count)
-        yield first, last
-        first = last
+        first = 0
+        while first < shard.num_documents:
+            reach = int(shard.documents[first]) + _BLOCK
+            last = int(np.searchsorted(shard.documents, reach, side="right")) - 1
+            last = max(last, first + 1)
+            yield _Place(shard, at, first, last, sentences, documents)
+            first = last
+        sentences += shard.num_sentences
+        documents += shard.num_documents
 
 
 class _Block:
     """The pair that would begin at each sentence of some documents of a shard."""
 
-    def __init__(
-        self,
-        shard: Shard,
-        first: int,
-        last: int,
-        key: int,
-        epoch: int,
-        base: int,
-        most: int,
-        short: int,
-    ) -> None:
-        borders = np.asarray(shard.documents[first : last + 1])
+    def __init__(self, place: _Place, key: int, epoch: int, most: int, short: int) -> None:
+        borders = np.asarray(place.shard.documents[place.first : place.last + 1])
         start, stop = int(borders[0]), int(borders[-1])
-        self.first, self.start, self.base, self.most = first, start, base, most
-        self.offsets = np.asarray(shard.sentences[start : stop + 1])
-        self.document = np.repeat(np.arange(last - first), np.diff(borders))  # of each sentence
-        place = np.arange(stop - start)
-        number = (place + start + base).astype(np.uint64)
-        zeros = np.zeros_like(place)
-        is_short, length, split_at, lot = words(key, 2 * epoch, zeros, number).T
-        self.other = words(key, 2 * epoch + 1, zeros, number)  # document, sentence, two cuts
+        self.place, self.most, self._key, self._epoch = place, most, key, epoch
+        self.number = start + place.sentences  # of the first sentence, in the split
+        self.offsets = place.shard.sentences[start : stop + 1]
+        sentence = np.arange(stop - start)
+        is_short, length, split_at, lot = self._drawn(0, sentence).T
         target = np.where(is_short < short, 2 + (length * (most - 1) >> 32), most)
-        ends = np.searchsorted(self.offsets, self.offsets[:-1] + target)
-        self.end = np.minimum(np.maximum(ends, place + 1), borders[1:][self.document] - start)
-        count = self.end - place
-        self.middle = place + 1 + (split_at * np.maximum(count - 1, 0) >> 32)
-        self.alone = count < 2
-        self.lot = lot < _WORD // 2
-        self.target = target
+        end = np.searchsorted(self.offsets, self.offsets[:-1] + target)
+        document = np.repeat(np.arange(len(borders) - 1), np.diff(borders))
+        end = np.minimum(np.maximum(end, sentence + 1), borders[1:][document] - start)
+        count = end - sentence
+        middle = sentence + 1 + (split_at * np.maximum(count - 1, 0) >> 32)
+        # kept for every sentence of the split: as small as it goes
+        self.target, self.end, self.middle, self.document = (
+            column.astype(np.int32) for column in (target, end, middle, document)
+        )
+        self.alone, self.lot = count < 2, lot.astype(np.uint32)
 
-    def walk(self, debt: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Go from pair to pair: return where they begin, which are random, and the new debt.
+    def _drawn(self, which: int, sentence: np.ndarray) -> np.ndarray:
+        """Return four random words (n, 4) for sentences of this block."""
+        number = (sentence + self.number).astype(np.uint64)
+        return draw(self._key, 2 * self._epoch + which, np.zeros_like(sentence), number)
+
+    def walk(self, share: int) -> tuple[np.ndarray, np.ndarray]:
+        """Go from pair to pair: return where they begin (n,), and which are random (n,).
 
         Behind a random pair the walk goes on where its first segment ends: what follows there is
-        not lost. The debt is how many more had to be random than had to follow.
+        not lost.
+
+        Args:
+            share: of those that can be either, in parts of 2**32.
         """
-        end, middle = self.end.tolist(), self.middle.tolist()
-        alone, lot = self.alone.tolist(), self.lot.tolist()
-        starts: list[int] = []
-        random: list[bool] = []
-        i, stop = 0, len(end)
+        is_random = self.alone | (self.lot < share)
+        after = np.where(is_random, self.middle, self.end).tolist()
+        starts, i, stop = [], 0, len(after)
         while i < stop:
             starts.append(i)
-            if alone[i]:
-                debt += 1
-                is_random = True
-            elif debt:
-                debt -= 1
-                is_random = False
-            else:
-                is_random = lot[i]
-            random.append(is_random)
-            i = middle[i] if is_random else end[i]
-        return np.array(starts, np.int64), np.array(random, bool), debt
+            i = after[i]
+        begun = np.array(starts, np.int64)
+        return begun, is_random[begun]
 
-    def pairs(
-        self, at: int, starts: np.ndarray, random: np.ndarray, others: "_Others", document: int
-    ) -> Pairs:
-        """Return the pairs that begin at `starts`; `document`: number of the shard's first."""
-        offsets, middle, end = self.offsets, self.middle[starts], self.end[starts]
-        own = document + self.first + self.document[starts]
-        start_a, start_b = offsets[starts], offsets[middle]
-        length_a, length_b = start_b - start_a, offsets[end] - start_b
-        shard_b = np.full(len(starts), at, np.int32)
-        which = np.flatnonzero(random)
-        drawn = self.other[starts[which]]
-        wanted = np.maximum(self.target[starts[which]] - length_a[which], 1)
-        found = others.find(own[which], drawn[:, 0], drawn[:, 1], wanted)
-        shard_b[which], start_b[which], length_b[which] = found
-        cuts = self.other[starts]
+    def pairs(self, starts: np.ndarray, random: np.ndarray, others: "_Others") -> Pairs:
+        """Return the pairs of a walk."""
+        middle, end = self.middle[starts], self.end[starts]
+        own = self.place.documents + self.place.first + self.document[starts]
+        start_a, start_b = self.offsets[starts], self.offsets[middle]
+        length_a, length_b = start_b - start_a, self.offsets[end] - start_b
+        shard_a = np.full(len(starts), self.place.at, np.int32)
+        shard_b = shard_a.copy()
+        document, sentence, cut_a, cut_b = self._drawn(1, starts).T
+        wanted = np.maximum(self.target[starts] - length_a, 1)
+        found = others.find(own[random], document[random], sentence[random], wanted[random])
+        shard_b[random], start_b[random], length_b[random] = found
         keep_a, keep_b = _cut(length_a, length_b, self.most)
-        start_a = start_a + (cuts[:, 2] * (length_a - keep_a + 1) >> 32)
-        start_b = start_b + (cuts[:, 3] * (length_b - keep_b + 1) >> 32)
-        number = starts + self.start + self.base
-        shard_a = np.full(len(starts), at, np.int32)
+        start_a = start_a + (cut_a * (length_a - keep_a + 1) >> 32)
+        start_b = start_b + (cut_b * (length_b - keep_b + 1) >> 32)
+        number = starts + self.number
         return Pairs(number, shard_a, start_a, keep_a, shard_b, start_b, keep_b, random)
 
 

@@ -176,8 +176,8 @@ def mask(
         place = f"in example {b}, token {t - cu_seqlens[b]}"
         raise ValueError(f"input_ids: want 0 to {len(table) - 1}, got {ids[t]} {place}")
     place, number = positions(cu_seqlens), np.repeat(index, np.diff(cu_seqlens))
-    order = words(seed, 2 * epoch, place // 4, number)[np.arange(len(ids)), place % 4]
-    pairs = words(seed, 2 * epoch + 1, place // 2, number).reshape(-1, 2, 2)
+    order = draw(seed, 2 * epoch, place // 4, number)[np.arange(len(ids)), place % 4]
+    pairs = draw(seed, 2 * epoch + 1, place // 2, number).reshape(-1, 2, 2)
     action, drawn = pairs[np.arange(len(ids)), place % 2].T
 
     candidate = table[ids] & SPECIAL == 0
@@ -227,7 +227,7 @@ def _choose(
             yield starts[w], ends[w]
 
 
-def words(seed: int, c0: int, c1: np.ndarray, index: np.ndarray) -> np.ndarray:
+def draw(seed: int, c0: int, c1: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Return (T, 4) int64: four random 32-bit words for each counter."""
     key = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
     low, high = index & np.uint64(_WORD - 1), index >> np.uint64(32)

@@ -21,7 +21,10 @@ class SyntheticBatches(Dataset):
         mlm_probability: share of the tokens to be predicted, all of which [MASK] replaces.
         seed: 0 to 2**64 - 1.
         sequences: pairs in a micro-batch; or
-        tokens: tokens in it at most, and as many pairs as fit.
+        tokens: tokens in it at most, and as many pairs as always fit.
+
+    Raises:
+        ValueError: both or neither of sequences and tokens, or a sequence that does not fit.
     """
 
     def __init__(
@@ -36,8 +39,18 @@ class SyntheticBatches(Dataset):
     ) -> None:
         self.vocab_size, self.lengths, self.seed = vocab_size, np.array(lengths), seed
         self.mlm_probability = mlm_probability
-        many = np.resize(self.lengths, sequences or tokens // self.lengths.min() + 1)
-        self.sequences = sequences or int(np.searchsorted(np.cumsum(many), tokens, side="right"))
+        if (sequences is None) == (tokens is None):
+            raise ValueError(f"want sequences or tokens, got {sequences} and {tokens}")
+        if tokens is not None and tokens < max(lengths):
+            raise ValueError(f"tokens: want at least the longest, {max(lengths)}, got {tokens}")
+        self.sequences = sequences or 1
+        while tokens is not None and self._longest(self.sequences + 1) <= tokens:
+            self.sequences += 1
+
+    def _longest(self, sequences: int) -> int:
+        """Return the tokens of so many sequences at most, from wherever the turn is."""
+        ends = np.cumsum(np.resize(self.lengths, len(self.lengths) + sequences))
+        return int((ends[sequences:] - ends[:-sequences]).max())
 
     def count(self, epoch: int) -> int:
         """Return how many micro-batches an epoch has."""
