@@ -245,7 +245,7 @@ LINE = (
     "140 sequences/s, MFU 41.6 %, data wait 0.5 %, 1.2 GB, 1:02:03 left"
 )
 HELD_OUT = {
-    **{"kind": "evaluation", "step": 1200, "mlm_loss": 5.1, "nsp_loss": 0.61},
+    **{"kind": "evaluation", "step": 1200, "mlm_loss": 5.1, "nsp_loss": 0.61, "corpus": "en"},
     **{"mlm_accuracy": 0.2, "nsp_accuracy": 0.66, "unigram_entropy": 6.9},
 }
 
@@ -257,7 +257,7 @@ def test_the_line_says_it_all():
     assert "right - %, 70.0 %" in line and "MFU" not in line and "GB, 2 skipped" not in line
     assert ", 2 skipped, 1:02:03 left" in line
     assert format_record(HELD_OUT, 9000) == (
-        "step 1,200 held out: MLM 5.100, NSP 0.610 (unigrams 6.900), right 20.0 %, 66.0 %"
+        "step 1,200 held out of en: MLM 5.100, NSP 0.610 (unigrams 6.900), right 20.0 %, 66.0 %"
     )
 
 

@@ -13,7 +13,7 @@ from bert_fast.train.plot import CURVES, draw, plot
 ENTROPY = 6.9
 
 
-def run(directory, *, evaluations=True, count=20):
+def run(directory, *, evaluations=True, count=20, corpora=("to/en",)):
     """A run whose losses fall, with a half line at its end."""
     directory.mkdir(parents=True, exist_ok=True)
     records = [{"kind": "start", "step": 0, "formula": "3 (...)"}]
@@ -27,7 +27,11 @@ def run(directory, *, evaluations=True, count=20):
     records[1]["mlm_loss"] = None  # was NaN
     if evaluations:
         more = {"mlm_loss": 6.5, "nsp_accuracy": 0.55, "unigram_entropy": ENTROPY}
-        records += [{"kind": "evaluation", "step": s, **more} for s in (100, 200)]
+        for step in (100, 200):
+            for corpus in corpora:
+                records.append({"kind": "evaluation", "step": step, "corpus": corpus, **more})
+                more = more | {"unigram_entropy": ENTROPY + 1}  # of the second, not drawn
+            more["unigram_entropy"] = ENTROPY
     lines = "".join(f"{json.dumps(record)}\n" for record in records)
     (directory / METRICS).write_text(lines + '{"kind": "tra')
     return directory
@@ -58,17 +62,25 @@ def test_losses_accuracies_and_throughput(tmp_path, drawn):
     assert {p.name for p in tmp_path.iterdir()} == {METRICS, CURVES}
     loss, accuracy, rate = drawn[0]
     curves = lines_of(loss)
-    assert [*curves] == ["training", "held out", "unigram entropy, held out"]
+    assert [*curves] == ["training", "held out", "unigram entropy"]
     steps, values = curves["training"].get_data()
     assert [*steps] == [*range(20, 210, 10)]  # step 10 has no loss
     assert np.allclose(values, 7 - np.arange(2, 21) / 10)
-    entropy = curves["unigram entropy, held out"]
+    entropy = curves["unigram entropy"]
     assert entropy.get_linestyle() == "--" and {*entropy.get_ydata()} == {ENTROPY}
     assert [*lines_of(accuracy)] == ["training", "held out"]
     assert rate.get_lines()[0].get_ydata()[-1] == 1e4 + 20
     labels = [panel.get_ylabel() for panel in drawn[0]]
     assert "nats" in labels[0] and "tokens per second" in labels[2]
     assert rate.get_xlabel() == "steps"
+
+
+def test_a_second_corpus_beside_the_own(tmp_path, drawn):
+    draw(run(tmp_path, corpora=("to/en", "old/books")), tmp_path / CURVES)
+    curves = lines_of(drawn[0][0])
+    assert [*curves] == ["training", "held out, en", "held out, books", "unigram entropy"]
+    assert [curves[f"held out, {name}"].get_linestyle() for name in ("en", "books")] == ["-", ":"]
+    assert {*curves["unigram entropy"].get_ydata()} == {ENTROPY}
 
 
 def test_several_runs_side_by_side(tmp_path, drawn):

@@ -237,8 +237,15 @@ def leaves(section, prefix=""):
 
 EXECUTION = (  # each with another value
     *("data.corpus=other", "data.workers=0", "save.every=7", "save.keep=9", "save.on_error=warn"),
-    *("save.resume=no", "evaluate.every=7", "evaluate.batches=7", "log.every=7"),
-    *("log.tensorboard=true", "log.plot=false", "output=other", "device=cpu", "threads=3"),
+    *("save.resume=no", "evaluate.every=7", "evaluate.batches=7", "evaluate.also=other"),
+    *(
+        "log.every=7",
+        "log.tensorboard=true",
+        "log.plot=false",
+        "output=other",
+        "device=cpu",
+        "threads=3",
+    ),
     *("compile=true", "activation_checkpointing=true", "fsdp=true"),
 )
 

@@ -24,6 +24,21 @@ _SYNTHETIC_VOCABULARY = 30522  # the published models'
 _HELD_OUT_SEED = 0  # of the pairs and masks of every evaluation
 
 
+class HeldOut(NamedTuple):
+    """What a model is tried on.
+
+    Attributes:
+        corpus: directory of its documents.
+        unigram_entropy: of that corpus's training tokens in nats: the loss of guessing by
+            frequency; None: unknown.
+        batches: this process's share of the micro-batches.
+    """
+
+    corpus: str
+    unigram_entropy: float | None
+    batches: list[Batch]
+
+
 class Texts:
     """What a run learns from: a corpus with its tokenizer, or random ids.
 
@@ -43,9 +58,14 @@ class Texts:
         self._settings = settings
         self.corpus: Corpus | None = None
         self.tokenizer: BertTokenizer | None = None
-        if not settings.data.synthetic:
-            self.corpus = Corpus(settings.data.corpus, verify=verify)
-            self.tokenizer = BertTokenizer.from_pretrained(self.corpus.path)
+        self._also: Corpus | None = None
+        if settings.data.synthetic:
+            return
+        self.corpus = Corpus(settings.data.corpus, verify=verify)
+        self.tokenizer = BertTokenizer.from_pretrained(self.corpus.path)
+        if settings.evaluate.also is not None:
+            self._also = Corpus(settings.evaluate.also, verify=verify)
+            self.check_vocabulary("evaluate.also", settings.evaluate.also)
 
     @property
     def vocab_size(self) -> int:
@@ -59,11 +79,6 @@ class Texts:
         """What the corpus is known by."""
         return "" if self.corpus is None else self.corpus.digest
 
-    @property
-    def unigram_entropy(self) -> float | None:
-        """Entropy of the training tokens in nats: the loss of guessing by frequency."""
-        return None if self.corpus is None else self.corpus.manifest.get("unigram_entropy")
-
     def batches(self, phase: Phase) -> Batches | SyntheticBatches:
         """Return the micro-batches of a phase."""
         data, seed = self._settings.data, self._settings.seed
@@ -76,21 +91,33 @@ class Texts:
                 sequences=phase.sequences,
                 tokens=phase.tokens,
             )
-        return self._of("train", phase, seed, data.short_seq_prob)
+        return self._of(self.corpus, "train", phase, seed, data.short_seq_prob)
 
-    def held_out(self, phase: Phase, rank: int, world: int) -> list[Batch]:
-        """Return this process's share of the micro-batches of an evaluation, the same each time.
-
-        They are empty with random ids.
+    def held_out(self, phase: Phase, rank: int, world: int) -> list[HeldOut]:
+        """Return what evaluations are of, the same each time; nothing with random ids.
 
         Raises:
-            ValueError: the corpus has fewer than two documents that are held out.
+            ValueError: a corpus has fewer than two documents that are held out.
         """
-        if self.corpus is None:
-            return []
-        batches = self._of("held_out", phase, _HELD_OUT_SEED, 0.0)
-        count = min(self._settings.evaluate.batches, batches.count(0))
-        return [batches[0, number] for number in range(rank, count, world)]
+        found = []
+        for corpus in (self.corpus, self._also):
+            if corpus is not None:
+                batches = self._of(corpus, "held_out", phase, _HELD_OUT_SEED, 0.0)
+                numbers = range(min(self._settings.evaluate.batches, batches.count(0)))
+                own = [batches[0, number] for number in numbers[rank::world]]
+                entropy = corpus.manifest.get("unigram_entropy")
+                found.append(HeldOut(str(corpus.path), entropy, own))
+        return found
+
+    def check_vocabulary(self, setting: str, directory: str) -> None:
+        """Raise a ValueError where a directory has a tokenizer of another vocabulary."""
+        try:
+            theirs = BertTokenizer.from_pretrained(directory).get_vocab()
+        except FileNotFoundError:  # there is none to compare with
+            return
+        if self.tokenizer is not None and theirs != self.tokenizer.get_vocab():
+            want = f"the vocabulary of data.corpus, {self.corpus.path}"
+            raise ValueError(f"{setting}: {directory}: want {want}, got another")
 
     @cached_property
     def _rule(self) -> MaskingRule:
@@ -104,9 +131,11 @@ class Texts:
             max_predictions=data.max_predictions,
         )
 
-    def _of(self, split: str, phase: Phase, seed: int, short_seq_prob: float) -> Batches:
+    def _of(
+        self, corpus: Corpus, split: str, phase: Phase, seed: int, short_seq_prob: float
+    ) -> Batches:
         return Batches(
-            self.corpus.split(split),
+            corpus.split(split),
             self._rule,
             cls_id=self.tokenizer.cls_token_id,
             sep_id=self.tokenizer.sep_token_id,
@@ -128,14 +157,7 @@ def build_model(settings: PretrainSettings, config: BertConfig, texts: Texts) ->
     if source is None:
         torch.manual_seed(settings.seed)
         return BertForPreTraining(config).train()
-    if texts.tokenizer is not None:
-        try:
-            theirs = BertTokenizer.from_pretrained(source).get_vocab()
-        except FileNotFoundError:
-            theirs = texts.tokenizer.get_vocab()  # there is none to compare with
-        if theirs != texts.tokenizer.get_vocab():
-            want = f"a corpus made with the tokenizer of {source}, which stands there"
-            raise ValueError(f"data.corpus: want {want}, got one of another vocabulary")
+    texts.check_vocabulary("model.init", source)
     torch.manual_seed(settings.seed)  # of heads that the checkpoint lacks
     model = BertForPreTraining.from_pretrained(source, config=config, dtype=torch.float32)
     return model.train()

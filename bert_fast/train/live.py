@@ -80,7 +80,7 @@ def format_record(record: Mapping[str, Any], steps: int) -> str:
     right = f"right {_percent(record['mlm_accuracy'])}, {_percent(record['nsp_accuracy'])}"
     if record["kind"] == "evaluation":
         of = f"(unigrams {_number(record['unigram_entropy'])})"
-        return f"step {record['step']:,} held out: {losses} {of}, {right}"
+        return f"step {record['step']:,} held out of {record['corpus']}: {losses} {of}, {right}"
     parts = [
         f"step {record['step']:,}/{steps:,}",
         f"loss {_number(record['loss'])} ({losses})",

@@ -90,13 +90,15 @@ def _draw_run(panels: Any, records: list[dict[str, Any]], color: str, name: str)
     loss.plot(*_curve(train, "mlm_loss"), **faint, label=f"{name}training")
     accuracy.plot(*_curve(train, "nsp_accuracy"), **faint, label=f"{name}training")
     rate.plot(*_curve(train, "tokens_per_second"), color=color, label=name.removesuffix(": "))
-    if held_out:
-        loss.plot(*_curve(held_out, "mlm_loss"), **marked, label=f"{name}held out")
-        accuracy.plot(*_curve(held_out, "nsp_accuracy"), **marked, label=f"{name}held out")
-        entropy = held_out[-1].get("unigram_entropy")
-        if entropy is not None:
-            label = f"{name}unigram entropy, held out"
-            loss.axhline(entropy, color=color, linestyle="--", linewidth=1, label=label)
+    corpora = list(dict.fromkeys(record["corpus"] for record in held_out))
+    for corpus, line in zip(corpora, ("-", ":"), strict=False):  # the run's own first
+        of = [record for record in held_out if record["corpus"] == corpus]
+        label = f"{name}held out" + (f", {Path(corpus).name}" if len(corpora) > 1 else "")
+        loss.plot(*_curve(of, "mlm_loss"), **marked, linestyle=line, label=label)
+        accuracy.plot(*_curve(of, "nsp_accuracy"), **marked, linestyle=line, label=label)
+    if held_out and (entropy := held_out[0].get("unigram_entropy")) is not None:
+        label = f"{name}unigram entropy"
+        loss.axhline(entropy, color=color, linestyle="--", linewidth=1, label=label)
 
 
 def _curve(records: list[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

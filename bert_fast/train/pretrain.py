@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from bert_fast.data.batches import Batch, Batches, Position, Step, steps
+from bert_fast.data.batches import Batches, Position, Step, steps
 from bert_fast.data.synthetic import SyntheticBatches
 from bert_fast.files import hold, staged
 from bert_fast.ops.products import LIBRARIES, cpu_library, set_cpu_library
-from bert_fast.train.build import DTYPES, Texts, build, build_model
+from bert_fast.train.build import DTYPES, HeldOut, Texts, build, build_model
 from bert_fast.train.checkpoints import Checkpoint, Checkpoints, load
 from bert_fast.train.distributed import Ranks, settle
 from bert_fast.train.flops import formula, peak
@@ -164,7 +164,7 @@ class _Run:
                     return status
         return DONE
 
-    def _step(self, step: Step, held_out: list[Batch], asked: list[int]) -> int | None:
+    def _step(self, step: Step, held_out: list[HeldOut], asked: list[int]) -> int | None:
         """Make a step, and what is due behind it; return the exit status if the run ends here."""
         settings, ranks = self.settings, self.ranks
         rate, due = settings.learning_rate(self.step), self._due(self.step + 1)
@@ -297,16 +297,17 @@ class _Run:
         if self.log is not None:
             self.log.write(record)
 
-    def _held_out(self, phase: Phase) -> list[Batch]:
-        """Return this process's micro-batches of an evaluation."""
+    def _held_out(self, phase: Phase) -> list[HeldOut]:
+        """Return what the model is tried on."""
         if self.settings.evaluate.every is None:
             return []
         return self.texts.held_out(phase, self.ranks.rank, self.ranks.world)
 
-    def _evaluate(self, batches: list[Batch]) -> None:
-        if self.texts.corpus is not None:
-            found = evaluate(self.trained.objective, batches, self.ranks)
-            self._record("evaluation", **found, unigram_entropy=self.texts.unigram_entropy)
+    def _evaluate(self, held_out: list[HeldOut]) -> None:
+        for one in held_out:
+            found = evaluate(self.trained.objective, one.batches, self.ranks)
+            facts = {"corpus": one.corpus, "unigram_entropy": one.unigram_entropy}
+            self._record("evaluation", **found, **facts)
 
     def _diagnose(self, error: NonFiniteError) -> str:
         """Return what was not finite first, and where the ids of the batches are now written."""

@@ -235,10 +235,13 @@ class EvaluateSettings:
     Attributes:
         every: steps between evaluations; None: there is none.
         batches: micro-batches of one.
+        also: directory of a second corpus on whose held-out documents it is tried too, as that of
+            a checkpoint to go on from: what is forgotten.
     """
 
     every: Annotated[int | None, optional(integer(1))] = 1000
     batches: Annotated[int, integer(1)] = 20
+    also: Annotated[str | None, optional(PATH)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
