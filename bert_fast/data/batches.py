@@ -7,12 +7,14 @@ than that number, and any number of processes, of workers in each, gives the sam
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bert_fast.data.instances import Pairs, check_length, pairs_of
 from bert_fast.data.masking import MaskingRule, check_seed
@@ -34,6 +36,13 @@ class Position(NamedTuple):
 
     epoch: int
     batch: int
+
+
+class _Epoch(NamedTuple):
+    """The pairs of an epoch, and where its micro-batches begin and end (count + 1,)."""
+
+    pairs: Pairs
+    borders: np.ndarray
 
 
 class Batches(Dataset):
@@ -81,7 +90,7 @@ class Batches(Dataset):
             short_seq_prob,
         )
         self.sequences, self.tokens = sequences, tokens
-        self._made: dict[int, tuple[Pairs, np.ndarray]] = {}
+        self._made: dict[int, Future[_Epoch]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a process that is not forked gets: it makes its epochs itself."""
@@ -89,7 +98,7 @@ class Batches(Dataset):
 
     def count(self, epoch: int) -> int:
         """Return how many micro-batches an epoch has."""
-        return len(self._epoch(epoch)[1]) - 1
+        return len(self._epoch(epoch).borders) - 1
 
     def numbers(self, position: tuple[int, int]) -> list[int]:
         """Return what the pairs of a micro-batch are known by: the numbers of first sentences."""
@@ -116,6 +125,8 @@ class Batches(Dataset):
             int64 what stood there; next_sentence_label (B,) int64, 1 where the second segment is a
             random one.
         """
+        if get_worker_info() is not None:
+            self.prepare(position[0] + 1)
         pairs = self.pairs(position)
         ids, types, cu_seqlens = self._rows(pairs)
         number = pairs.number.astype(np.uint64)
@@ -127,17 +138,27 @@ class Batches(Dataset):
         batch["next_sentence_label"] = torch.from_numpy(pairs.random.astype(np.int64))
         return batch
 
-    def _epoch(self, epoch: int) -> tuple[Pairs, np.ndarray]:
-        """Return the pairs of an epoch, and where its micro-batches begin and end.
-
-        The last two epochs are kept.
-        """
+    def prepare(self, epoch: int) -> None:
+        """Begin to make an epoch in a thread, so that nothing waits for it later."""
         if epoch not in self._made:
-            kept = [*self._made.items()][-1:]
-            self._made = dict(kept) | {epoch: self._make_epoch(epoch)}
-        return self._made[epoch]
+            self._made[epoch] = Future()
+            Thread(target=self._fulfil, args=(epoch, self._made[epoch]), daemon=True).start()
 
-    def _make_epoch(self, epoch: int) -> tuple[Pairs, np.ndarray]:
+    def _epoch(self, epoch: int) -> "_Epoch":
+        if epoch not in self._made:
+            self._made[epoch] = Future()
+            self._fulfil(epoch, self._made[epoch])
+        for old in [e for e in self._made if e < epoch - 1]:
+            del self._made[old]
+        return self._made[epoch].result()
+
+    def _fulfil(self, epoch: int, made: "Future[_Epoch]") -> None:
+        try:
+            made.set_result(self._make_epoch(epoch))
+        except Exception as error:  # it is raised where the result is asked for
+            made.set_exception(error)
+
+    def _make_epoch(self, epoch: int) -> "_Epoch":
         pairs = pairs_of(
             self.split,
             seed=self.seed,
@@ -147,12 +168,12 @@ class Batches(Dataset):
         )
         if self.sequences is not None:
             borders = np.arange(0, len(pairs) + self.sequences, self.sequences)
-            return pairs, np.minimum(borders, len(pairs))
+            return _Epoch(pairs, np.minimum(borders, len(pairs)))
         ends, borders = np.cumsum(pairs.lengths), [0]
         while borders[-1] < len(pairs):
             begun = ends[borders[-1] - 1] if borders[-1] else 0
             borders.append(int(np.searchsorted(ends, begun + self.tokens, side="right")))
-        return pairs, np.array(borders)
+        return _Epoch(pairs, np.array(borders))
 
     def _rows(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return ids (T,), types (T,) and cu_seqlens (B + 1,) of pairs with special tokens."""
@@ -223,8 +244,9 @@ def steps(
         worker_init_fn=_as_worker,
     )
     mine = range(rank, micro_batches, world)
-    made = iter(loader)
+    made = iter(loader)  # forks; threads come afterwards
     for positions in _plan(batches, start, micro_batches):
+        batches.prepare(positions[0].epoch + 1)
         try:
             own = [(number, next(made)) for number in mine]
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch

@@ -56,6 +56,9 @@ class SyntheticBatches(Dataset):
         """Return how many micro-batches an epoch has."""
         return 2**31
 
+    def prepare(self, epoch: int) -> None:
+        """Do nothing: there is nothing to make ahead."""
+
     def numbers(self, position: tuple[int, int]) -> list[int]:
         """Return the numbers of the pairs of a micro-batch."""
         return [*range(position[1] * self.sequences, (position[1] + 1) * self.sequences)]
