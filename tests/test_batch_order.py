@@ -104,10 +104,10 @@ def outcomes(folder, *cases):
 
 
 def test_signals_and_workers_that_die(tmp_path):
-    alive = ("nothing", "SIGTERM", "SIGINT to all", "SIGTERM to all")
-    killed = ("SIGKILL to a worker", "SIGTERM to a worker")
+    alive = ("nothing", "SIGTERM", "SIGINT to all", "SIGTERM to all", "SIGTERM to a worker")
+    killed = ("SIGKILL to a worker",)
     got = outcomes(tmp_path, *alive, *killed, "exit 1", "raise 0", "raise 2")
-    for case, told in zip(alive, ([], [15], [2], [15]), strict=True):
+    for case, told in zip(alive, ([], [15], [2], [15], []), strict=True):
         want = {"steps": 12, "same": True, "told": told, "error": None, "left": 0}
         assert got[case] == want, case
     for case in killed:

@@ -23,6 +23,7 @@ from bert_fast.data.reference import IGNORE
 from bert_fast.data.shards import Split
 
 _AHEAD = 4  # micro-batches that each worker has ready
+_GRACE = 30  # seconds that a worker lives on after SIGTERM
 Batch = dict[str, Tensor | int]
 
 
@@ -287,7 +288,11 @@ def _after(batches: Batches, position: Position) -> Position:
 
 
 def _as_worker(worker: int) -> None:
-    """A worker leaves signals, those to its group too, to the process that started it."""
+    """A worker leaves signals, also those to all processes, to the one that started it.
+
+    That one ends its step and then its workers; one that has been asked to end and still lives
+    after a while is alone.
+    """
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
