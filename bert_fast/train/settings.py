@@ -391,6 +391,9 @@ class PretrainSettings:
         if self.warmup_steps >= self.steps:
             got = self.optimizer.warmup
             yield f"optimizer.warmup: want fewer than all {self.steps} steps, got {got}"
+        if self.data.synthetic and self.save.every is not None:
+            want = f"null with data.corpus={SYNTHETIC}, whose ids have no tokenizer"
+            yield f"save.every: want {want}, got {self.save.every}"
         if self.model.size is not None:
             most = self.model.bert_config(30522).max_position_embeddings
             for i, phase in enumerate(self.phases):
