@@ -72,7 +72,7 @@ def test_many_files(tmp_path):
     """The end of a file ends a document; numbers go on; compressed ones too."""
     paths = [
         write(tmp_path, "a\n\nb\n"),
-        write(tmp_path, gzip.compress(b"c\nd"), "b.txt.gz"),
+        write(tmp_path, gzip.compress(b"c\nd", mtime=0), "b.txt.gz"),
         write(tmp_path, lzma.compress(b"e\n\nf"), "c.xz"),
         write(tmp_path, '{"text": "g"}\n', "d.jsonl"),
     ]
@@ -121,6 +121,7 @@ def test_parts_of_a_long_line_are_one_document(tmp_path, monkeypatch, documents)
 
 # --- bad input -----------------------------------------------------------------------------------
 
+DAMAGED = gzip.compress(b"a\n\nb\nc\n", mtime=0)[:-9]
 BAD = [  # name, bytes, documents that are left, problems, what is said of the first, by strict too
     (
         "a.txt",
@@ -140,7 +141,7 @@ BAD = [  # name, bytes, documents that are left, problems, what is said of the f
     ("a.csv", b"a,text\n1,x\n2\n", [["x"]], "skipped", "3: ", "want 2 fields"),
     ("a.csv", b"a,b\n1,x\n", [], "damaged", "1: ", "want a column 'text'"),
     ("a.parquet", b"PAR1", [], "damaged", "1: ", "want a Parquet file"),
-    ("a.gz", gzip.compress(b"a\n\nb\nc\n")[:-9], [["a"], ["b", "c"]], "damaged", "", "whole comp"),
+    ("a.gz", DAMAGED, [["a"], ["b", "c"]], "damaged", "", "whole comp"),
     ("a.xz", b"a\n", [], "damaged", "1: ", "want whole compressed data"),
 ]
 
