@@ -212,7 +212,7 @@ class Process:
     """
 
     def __init__(self, given: PretrainSettings, before=None, env=None) -> None:
-        self._file = tempfile.NamedTemporaryFile(suffix=".yaml")
+        self._file = tempfile.TemporaryFile()  # without a name: nothing is left of it
         self._file.write(given.to_yaml().encode())
         self._file.flush()
         self._said = tempfile.TemporaryFile("w+")
@@ -231,7 +231,7 @@ class Process:
                 pretrain.peak = _unmeasured
                 if before is not None:
                     before()
-                status = cli.main(["pretrain", self._file.name])
+                status = cli.main(["pretrain", f"/proc/self/fd/{self._file.fileno()}"])
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -289,8 +289,13 @@ def ranks(given: PretrainSettings, world: int = 2, before=None, wait: bool = Tru
         env = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         act = None if before is None else lambda rank=rank: before(rank)
         started.append(Process(given, act, env))
-    for process in started if wait else ():
-        process.wait()
+    try:
+        for process in started if wait else ():
+            process.wait()
+    finally:
+        for process in started if wait else ():
+            if process.status is None:
+                process.kill()
     return started, store
 
 
