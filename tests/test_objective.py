@@ -191,6 +191,18 @@ def test_other_pairs_of_a_batch_do_not_matter(batches, models):
     torch.testing.assert_close(objective(batch, counts)[0].detach(), total, rtol=1e-12, atol=1e-12)
 
 
+def test_a_step_without_any_label(batches, models):
+    """Divided by its counts, which are 1 at least."""
+    _, ours = models
+    empty = {**batches[0, 0]}
+    for name in ("masked_positions", "masked_labels"):
+        empty[name] = empty[name][:0]
+    loss, _ = PreTrainingObjective(ours)(empty, counts_of(empty).clamp(min=1))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients(ours).values())
+
+
 def test_evaluation_is_the_mean_over_all(batches, models):
     """Of all labels and pairs, without dropout; the model trains on as before."""
     theirs, ours = models
@@ -199,7 +211,8 @@ def test_evaluation_is_the_mean_over_all(batches, models):
     inputs = joined(parts)
     out = theirs(**inputs)
     objective = PreTrainingObjective(ours).train()
-    found = evaluate(objective, parts, Ranks(0, 1, torch.device("cpu")))
+    counted = [(parts[0], False), *((part, True) for part in parts), (parts[1], False)]
+    found = evaluate(objective, counted, Ranks(0, 1, torch.device("cpu")))
     assert abs(found["mlm_loss"] + found["nsp_loss"] - out.loss.item()) < 1e-5
     chosen = inputs["labels"] != -100
     right = (out.prediction_logits.argmax(-1) == inputs["labels"])[chosen].sum().item()

@@ -175,13 +175,13 @@ def test_the_comparison_sees(memory, output, mistake):
 
 def test_sharded_parameters(memory, output):
     """FSDP2 sums in an order of its own, and takes torch's AdamW."""
-    one, two = both(memory, output, single={"fsdp": False}, fsdp=True, evaluate__batches=2)
+    one, two = both(memory, output, single={"fsdp": False}, fsdp=True)
     assert_close(one, two, 1e-5)
 
 
 def test_sharded_goes_on_as_one_process(memory, output):
     """Its state is whole: any number of processes reads it, sharding or not."""
-    one, two = both(memory, output, single={"fsdp": False}, fsdp=True, evaluate__batches=2)
+    one, two = both(memory, output, single={"fsdp": False}, fsdp=True)
     for path in checkpoints(two)[1:]:
         shutil.rmtree(path)
     assert run(settings_of(memory, two)) == 0

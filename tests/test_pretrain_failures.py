@@ -392,6 +392,34 @@ def test_no_memory(memory, output, monkeypatch, capfd, tmp_path):
     assert said.startswith("bert-fast: error: CUDA out of memory. Tried to allocate 2.00 GiB. See")
 
 
+@pytest.mark.parametrize(
+    "again", [*range(2), *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 12))]
+)
+def test_a_process_of_the_run_is_killed(memory, output, again):
+    def before(rank):
+        if rank == 1:
+            at_step(AT, lambda stepper: signal.raise_signal(signal.SIGKILL))
+
+    given = settings(memory / "corpus", output, micro_batches=2)
+    processes, _ = ranks(given, before=before, wait=False)
+    assert processes[1].wait() == -signal.SIGKILL and processes[0].wait(SOON) == 1
+    assert len(processes[0].errors()) == 1
+
+
+def test_an_error_in_one_process_ends_the_other(memory, output):
+    def before(rank):
+        def fail(stepper):
+            raise ValueError("something else")
+
+        if rank == 1:
+            at_step(AT, fail)
+
+    processes, _ = ranks(settings(memory / "corpus", output, micro_batches=2), before=before)
+    assert [p.status for p in processes] == [1, 1]
+    assert "something else" in processes[1].errors()[0]
+    assert len(processes[0].errors()) == 1
+
+
 @pytest.mark.parametrize("name", ["tokens", "sentences"])
 def test_a_damaged_corpus(memory, output, name):
     with folder() as path:

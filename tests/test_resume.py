@@ -323,6 +323,7 @@ DAMAGES = {
     "optimizer.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "state.json": lambda path: path.write_text(path.read_text().replace("30", "31", 1)),
     "manifest.json": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "manifest.json that is gone": lambda path: path.with_name("manifest.json").unlink(),
     "tokenizer.json": flip,
 }
 
@@ -333,7 +334,7 @@ def test_a_damaged_checkpoint_is_passed_over(memory, copied, whole, name, capfd)
     DAMAGES[name](copied / "checkpoints" / "step-00000030" / name)
     assert run(settings_of(memory, copied)) == 0
     said = capfd.readouterr().err
-    assert f"passed over: {copied}/checkpoints/step-00000030/{name}: " in said
+    assert f"passed over: {copied}/checkpoints/step-00000030/{name.split()[0]}: " in said
     assert f"goes on from {copied}/checkpoints/step-00000020\n" in said
     assert_same(copied, whole())
 

@@ -352,7 +352,7 @@ def legacy_names(
 app.command(
     epilog=example(
         "bert-fast pretrain throughput model.size=tiny phases.0.steps=3",
-        "bert-fast pretrain base data.corpus=synthetic --dry-run",
+        "bert-fast pretrain throughput model.size=large --dry-run",
     )
 )(pretrain)
 app.command(epilog=example("bert-fast plot runs/throughput -o curves.png"))(plot)

@@ -31,12 +31,13 @@ class HeldOut(NamedTuple):
         corpus: directory of its documents.
         unigram_entropy: of that corpus's training tokens in nats: the loss of guessing by
             frequency; None: unknown.
-        batches: this process's share of the micro-batches.
+        batches: this process's share of the micro-batches, and whether it counts: all processes
+            have equally many, since sharded parameters are gathered by all of them.
     """
 
     corpus: str
     unigram_entropy: float | None
-    batches: list[Batch]
+    batches: list[tuple[Batch, bool]]
 
 
 class Texts:
@@ -103,8 +104,11 @@ class Texts:
         for corpus in (self.corpus, self._also):
             if corpus is not None:
                 batches = self._of(corpus, "held_out", phase, _HELD_OUT_SEED, 0.0)
-                numbers = range(min(self._settings.evaluate.batches, batches.count(0)))
-                own = [batches[0, number] for number in numbers[rank::world]]
+                count = min(self._settings.evaluate.batches, batches.count(0))
+                own = [
+                    (batches[0, min(number, count - 1)], number < count)
+                    for number in range(rank, -(-count // world) * world, world)
+                ]
                 entropy = corpus.manifest.get("unigram_entropy")
                 found.append(HeldOut(str(corpus.path), entropy, own))
         return found
@@ -197,6 +201,11 @@ def build(settings: PretrainSettings, model: BertForPreTraining, ranks: Ranks) -
         model.gradient_checkpointing_enable()
     objective = PreTrainingObjective(model)
     if settings.compile:
+        # lengths vary, eps and p do not; dropout's seeds are drawn as without compiling
+        from torch._dynamo import config as dynamo
+        from torch._inductor import config as inductor
+
+        dynamo.specialize_float = inductor.fallback_random = True
         objective.compile(dynamic=True)
     module = wrap(objective, ranks, sharded=settings.fsdp, dtype=dtype)
     groups = decay_groups(model, given.weight_decay)

@@ -335,8 +335,8 @@ def _foreign(path: Path) -> str | None:
     if path.is_symlink() or not path.is_dir():
         return "a link or a file"
     names = set(os.listdir(path))
-    if names and MANIFEST not in names:
-        return f"a directory without {MANIFEST}"
+    if names and MANIFEST not in names and STATE not in names:
+        return f"a directory without {MANIFEST} and {STATE}"
     listed = None
     with suppress(ValueError, OSError):
         listed = read_json(path, MANIFEST).get("files")

@@ -23,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from bert_fast.train.objective import PreTrainingObjective
 
 _TIMEOUT = timedelta(minutes=10)
+# Groups that were left. Freeing gloo's joins its threads while Python's lock is held, for which one
+# of them may wait: after the death of another process DDP's last reference would hang this one.
+_left: list[dist.ProcessGroup] = []
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Ranks:
     def leave(self) -> None:
         """Part from the others."""
         if self.world > 1 and dist.is_initialized():
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:

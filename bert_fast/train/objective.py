@@ -50,7 +50,7 @@ class PreTrainingObjective(nn.Module):
 
         Args:
             batch: as `data.batches.Batches` makes it, on the model's device.
-            counts: (2,) fp32, masked tokens and pairs of the whole step.
+            counts: (2,), masked tokens and pairs of the whole step, at least 1.
             count_correct: count the masked tokens that are right too, which takes another product
                 with the vocabulary.
 

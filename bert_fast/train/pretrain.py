@@ -272,9 +272,8 @@ class _Run:
                 self.checkpoints.save(state, config=self.config, tokenizer=tokenizer)
             except OSError as error:
                 saved = self.settings.save.on_error == "warn"
-                _say(
-                    f"{'warning' if saved else 'error'}: no checkpoint of step {self.step}: {error}"
-                )
+                kind, reason = "warning" if saved else "error", error.strerror or str(error)
+                _say(f"{kind}: no checkpoint of step {self.step}: {reason}")
         return bool(self.ranks.of_first(int(saved)))
 
     # --- figures ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ of the loss lowered. Else nothing is applied from that step on, and the process,
 step's figures while the next one runs, stops.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -108,11 +108,12 @@ class Stepper:
         device = self.ranks.device
         counts = self.ranks.sum(_counts([b for _, b in step.batches]).to(device, non_blocking=True))
         batches = [(j, to_device(batch, device)) for j, batch in step.batches]
+        divisors = counts[:2].clamp(min=1)
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
         for j, batch in batches:
             seed_of(self.seed, number, j)
             with without_sync(self.module, last=j == batches[-1][0]):
-                loss, sums = self.module(batch, counts, count_correct)
+                loss, sums = self.module(batch, divisors, count_correct)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += torch.stack(sums)
         self.ranks.sum(total)
@@ -206,13 +207,13 @@ def seed_of(seed: int, step: int, micro_batch: int) -> None:
 
 @torch.no_grad()
 def evaluate(
-    objective: PreTrainingObjective, batches: list[Batch], ranks: Ranks
+    objective: PreTrainingObjective, batches: Iterable[tuple[Batch, bool]], ranks: Ranks
 ) -> dict[str, float]:
     """Return the mean losses and accuracies of micro-batches, without dropout.
 
     Args:
         objective: not wrapped.
-        batches: those of this process.
+        batches: those of this process, and whether they count.
         ranks: the processes, whose micro-batches count together.
 
     Returns:
@@ -223,10 +224,11 @@ def evaluate(
     total = torch.zeros(6, dtype=torch.float64, device=ranks.device)
     ones = torch.ones(2, device=ranks.device)
     try:
-        for batch in batches:
+        for batch, counted in batches:
             _, sums = objective(to_device(batch, ranks.device), ones, True)
             counts = _counts([batch])[:2].to(ranks.device)
-            total += torch.cat([torch.stack(sums).double(), counts.double()])
+            if counted:
+                total += torch.cat([torch.stack(sums).double(), counts.double()])
     finally:
         objective.train(training)
     mlm, nsp, mlm_correct, nsp_correct, labels, pairs = ranks.sum(total).tolist()
