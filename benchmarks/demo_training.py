@@ -1,6 +1,6 @@
 """A small BERT learns from a book for about a minute on a CPU: its loss beside the unigram line.
 
-    python benchmarks/demo_training.py [--steps 400] [--out build/demo]
+    python benchmarks/demo_training.py [--steps 700] [--out build/demo]
 
 The book is Pride and Prejudice, of which some chapters are held out. What is shown is the loss on
 those: below the dashed line a model knows more than how frequent each word is. That is all a minute
@@ -24,7 +24,7 @@ from bert_fast.train.settings import load
 
 BOOK = Path(__file__).parent / "texts" / "pride_and_prejudice_whole.txt.gz"
 OUT = Path("build/demo")
-STEPS = 400
+STEPS = 700
 VOCABULARY = 2000
 HELD_OUT = 0.08  # of the chapters
 
