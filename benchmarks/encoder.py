@@ -25,6 +25,7 @@ from bert_fast import BertConfig, reference_model
 from bert_fast.accuracy import short
 from bert_fast.extension import load as load_extension
 from bert_fast.ops.products import cpu_library, cpu_library_times
+from bert_fast.train import flops
 
 _SEED = 1234
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -124,9 +125,7 @@ def config_of(model: str, longest: int, small: bool, **fields: Any) -> BertConfi
 
 def forward_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
     """Return the operations of one forward on real tokens: products and attention."""
-    D, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    products = 2 * sum(lengths) * (4 * D * D + 2 * D * F)
-    return layers * (products + 4 * D * sum(n * n for n in lengths))
+    return flops.forward_flops(config, sum(lengths), sum(n * n for n in lengths))
 
 
 @cache
@@ -183,7 +182,7 @@ def case(
     # batching texts is the candidate's own business: nothing is padded yet
     slots = 0 if SPECS[name].texts else parts.inputs[0].input_ids.numel()
     tokens = sum(map(sum, lengths)) // len(lengths)
-    flops = sum(forward_flops(config, n) for n in lengths) // len(lengths)
+    operations = sum(forward_flops(config, n) for n in lengths) // len(lengths)
     baseline_name, baseline = peers.baseline_encoder(state, config, device, dtype)
     exact = torch.float64 if device.type == "cpu" else FP32
     limit = {}
@@ -198,7 +197,7 @@ def case(
         truth=_on_sample(truth_of(state, config, device, exact), device),
         baseline=_on_sample(baseline, device),
         baseline_name=baseline_name,
-        work=Work(tokens, slots, len(lengths[0]), flops=flops),
+        work=Work(tokens, slots, len(lengths[0]), flops=operations),
         facts=facts | limit,
         **limit,
     ), parts.candidates

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
-from encoder import FP32, Parts, config_of, forward_flops, our_notes, state_of
+from encoder import FP32, Parts, config_of, our_notes, state_of
 from gate import Candidate, Case, Outputs, Prepared, Work
 from torch import Tensor
 from workload import PretrainingBatch
@@ -23,6 +23,7 @@ from workload import PretrainingBatch
 import bert_fast
 from bert_fast import BertConfig, reference_model
 from bert_fast.accuracy import short
+from bert_fast.train import flops
 from bert_fast.train.optim import AdamW
 
 _SEED = 4321
@@ -61,9 +62,8 @@ def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
 
     The head counts on its masked rows only, wherever a candidate computes it.
     """
-    D, V = config.hidden_size, config.vocab_size
-    head = _MASKED * sum(lengths) * (2 * D * D + 2 * D * V)
-    return 3 * (forward_flops(config, lengths) + round(head))
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    return round(flops.training_flops(config, tokens, squares, _MASKED * tokens))
 
 
 def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:

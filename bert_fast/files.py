@@ -174,7 +174,8 @@ def _let_go() -> None:
 
 
 _held: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def find_directory(

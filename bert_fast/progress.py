@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 _EVERY = 15.0  # seconds between lines
@@ -51,15 +50,10 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._line and error is None:
+        elif self._line and error == (None, None, None):
             self._print()
 
     def note(self, message: str) -> None:

@@ -203,6 +203,17 @@ def test_held_out_documents_are_not_trained_on(output):
             assert not words & theirs if kind == "train" else words <= theirs
 
 
+@pytest.mark.parametrize("documents", [0, 1])
+def test_too_few_held_out_documents(output, documents):
+    """A pair may need a second document: the run goes on without evaluations, and says so."""
+    with folder() as path:
+        corpus(path / "corpus", held_out=documents)
+        given = settings(path / "corpus", output, evaluate__every=4)
+        with pytest.warns(UserWarning, match=f"want 2 documents or more .* got {documents}: "):
+            assert run(given) == 0
+    assert told(given, "train") and not told(given, "evaluation")
+
+
 # --- what it learns -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """`bert-fast data`: vocabularies and corpora for pretraining."""
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -85,7 +84,7 @@ def vocab(
     The same texts give the same vocabulary. The files are read several times, never as a whole.
     """
     from bert_fast.data.documents import Documents
-    from bert_fast.data.readers import STDIN
+    from bert_fast.data.readers import STDIN, total_size
     from bert_fast.progress import Progress
     from bert_fast.tokenizer import BertTokenizer
 
@@ -98,7 +97,7 @@ def vocab(
         stream = Documents(
             inputs, note=lambda message: bar.note(f"bert-fast: {message}"), **options
         )
-        total = stream.size()
+        total = total_size(inputs)
 
         def show(times: int, position: int, paragraphs: int) -> None:
             bar.update(position, paragraphs, f"reading {times}, {_size(position, total)}")
@@ -155,11 +154,11 @@ def prepare(
     [MASK] or [SEP] stays text. The same files and options give the same bytes.
     """
     from bert_fast.data.prepare import prepare
+    from bert_fast.data.readers import total_size
     from bert_fast.progress import Progress
     from bert_fast.tokenizer import BertTokenizer
 
-    sizes = [os.stat(name).st_size if os.path.isfile(name) else None for name in inputs]
-    total = None if None in sizes else sum(sizes)
+    total = total_size(inputs)
     with Progress(total, progress, "prepare", "tokens") as bar:
 
         def show(position: int, documents: int, tokens: int) -> None:

@@ -161,6 +161,7 @@ def encode(
     on where it stopped, and gives the same file. Under torchrun each process takes a share:
     torchrun --nproc-per-node 2 -m bert_fast encode ...
     """
+    from bert_fast.data.readers import total_size
     from bert_fast.encode.stream import check_files, encode_file, ranks
     from bert_fast.progress import Progress
 
@@ -179,8 +180,7 @@ def encode(
         normalize=normalize,
         max_seq_length=max_seq_length,
     )
-    files = [os.stat(name).st_size if os.path.isfile(name) else None for name in inputs]
-    total = None if None in files else sum(files)
+    total = total_size(inputs)
     with Progress(total, progress and rank == 0) as bar:
 
         def show(position: int, rows: int, encoded: int) -> None:

@@ -46,6 +46,21 @@ class _Epoch(NamedTuple):
     borders: np.ndarray
 
 
+def labelled(batch: Batch, where: np.ndarray, labels: np.ndarray, random: np.ndarray) -> Batch:
+    """Return a packed batch with what is to be predicted; see `Batches.__getitem__`.
+
+    Args:
+        batch: of B pairs.
+        where: (N,) int64, the rows that are masked.
+        labels: (N,) int64, what stood there.
+        random: (B,) bool, whose second segment is a random one.
+    """
+    batch["masked_positions"] = torch.from_numpy(where)
+    batch["masked_labels"] = torch.from_numpy(labels)
+    batch["next_sentence_label"] = torch.from_numpy(random.astype(np.int64))
+    return batch
+
+
 class Batches(Dataset):
     """The micro-batches of a split; `batches[epoch, number]` is one of them.
 
@@ -85,12 +100,8 @@ class Batches(Dataset):
             raise ValueError(f"tokens: want at least max_length, {max_length}, got {tokens}")
         check_length(max_length)
         self.split, self.rule, self.cls_id, self.sep_id = split, rule, cls_id, sep_id
-        self.max_length, self.seed, self.short_seq_prob = (
-            max_length,
-            check_seed(seed),
-            short_seq_prob,
-        )
-        self.sequences, self.tokens = sequences, tokens
+        self.max_length, self.sequences, self.tokens = max_length, sequences, tokens
+        self.seed, self.short_seq_prob = check_seed(seed), short_seq_prob
         self._made: dict[int, Future[_Epoch]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,11 +144,8 @@ class Batches(Dataset):
         number = pairs.number.astype(np.uint64)
         labels = self.rule.mask_in_place(ids, cu_seqlens, None, number, self.seed, position[0])
         where = np.flatnonzero(labels != IGNORE)
-        batch = packed(cu_seqlens, {"input_ids": ids, "token_type_ids": types})
-        batch["masked_positions"] = torch.from_numpy(where)
-        batch["masked_labels"] = torch.from_numpy(labels[where])
-        batch["next_sentence_label"] = torch.from_numpy(pairs.random.astype(np.int64))
-        return batch
+        columns = {"input_ids": ids, "token_type_ids": types}
+        return labelled(packed(cu_seqlens, columns), where, labels[where], pairs.random)
 
     def prepare(self, epoch: int) -> None:
         """Begin to make an epoch in a thread, so that nothing waits for it later."""

@@ -8,7 +8,6 @@ file ends a document.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_fast.data.readers import STDIN, BadLineError, Reader, Row
@@ -168,12 +167,6 @@ class Documents:
                     raise ValueError(message)
                 count("empty", message)
         self.position = passed
-
-    def size(self) -> int | None:
-        """Return the bytes of all files as they lie on the disk; None if a pipe is among them."""
-        if not all(source != STDIN and os.path.isfile(source) for source in self.sources):
-            return None
-        return sum(Path(source).stat().st_size for source in self.sources)
 
     def paragraphs(
         self, progress: Callable[[int, int, int], None] = lambda time, position, paragraphs: None

@@ -33,13 +33,12 @@ class Pairs:
 
     Attributes:
         number: (n,) int64, of the pair's first sentence in its split: the pair's identity.
-        shard_a: (n,) int32, the shard of the first segment, start_a (n,) int64 its first token
-            there, length_a (n,) int64 how many it has.
-        start_a: see shard_a.
-        length_a: see shard_a.
-        shard_b: likewise of the second segment.
-        start_b: see shard_b.
-        length_b: see shard_b.
+        shard_a: (n,) int32, the shard of the first segment.
+        start_a: (n,) int64, its first token there.
+        length_a: (n,) int64, how many it has.
+        shard_b: as shard_a, of the second segment.
+        start_b: as start_a.
+        length_b: as length_a.
         random: (n,) bool: the second segment is of another document.
     """
 

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -71,6 +71,12 @@ def format_of(source: str, wanted: str | None = None) -> str:
         want = f"a format ({', '.join(FORMATS)})"
         raise ValueError(f"{source}: want {want}: the suffix {suffix} does not tell it")
     return _FORMAT_OF[suffix]
+
+
+def total_size(sources: Iterable[str]) -> int | None:
+    """Return the bytes of all inputs as they lie on the disk; None if a pipe is among them."""
+    sizes = [os.stat(name).st_size if os.path.isfile(name) else None for name in sources]
+    return None if None in sizes else sum(sizes)
 
 
 class Reader:

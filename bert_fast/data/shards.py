@@ -130,13 +130,17 @@ class Corpus:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(f"{where}: want the entries of a {FORMAT}, got {got}") from error
 
+    def num_documents(self, name: str) -> int:
+        """Return how many documents there are for a purpose."""
+        return self._splits[name].num_documents if name in self._splits else 0
+
     def split(self, name: str) -> Split:
         """Return the documents for a purpose, "train" or "held_out".
 
         Raises:
             ValueError: there are none.
         """
-        if name not in self._splits or not self._splits[name].num_documents:
+        if not self.num_documents(name):
             raise ValueError(f"{self.path}: want documents for {name!r}, got none")
         return self._splits[name]
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from bert_fast.data.batches import Batch
+from bert_fast.data.batches import Batch, labelled
 from bert_fast.data.packing import packed
 
 _FIRST = 5  # ids below are special
@@ -78,7 +77,4 @@ class SyntheticBatches(Dataset):
         labels = ids[where]
         ids[where] = _FIRST - 1
         batch = packed(cu_seqlens, {"input_ids": ids, "token_type_ids": types})
-        batch["masked_positions"] = torch.from_numpy(where)
-        batch["masked_labels"] = torch.from_numpy(labels)
-        batch["next_sentence_label"] = torch.from_numpy(random.integers(0, 2, self.sequences))
-        return batch
+        return labelled(batch, where, labels, random.integers(0, 2, self.sequences))

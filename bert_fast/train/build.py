@@ -1,5 +1,6 @@
 """From settings to what a run consists of: texts, model, optimizer."""
 
+import warnings
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -97,12 +98,16 @@ class Texts:
     def held_out(self, phase: Phase, rank: int, world: int) -> list[HeldOut]:
         """Return what evaluations are of, the same each time; nothing with random ids.
 
-        Raises:
-            ValueError: a corpus has fewer than two documents that are held out.
+        A corpus with fewer than two documents that are held out is left out, with a warning.
         """
         found = []
         for corpus in (self.corpus, self._also):
-            if corpus is not None:
+            if corpus is None:
+                continue
+            if (got := corpus.num_documents("held_out")) < 2:
+                want = f"{corpus.path}: want 2 documents or more that are held out, to evaluate on"
+                warnings.warn(f"{want}, got {got}: nothing is evaluated there", stacklevel=2)
+            else:
                 batches = self._of(corpus, "held_out", phase, _HELD_OUT_SEED, 0.0)
                 count = min(self._settings.evaluate.batches, batches.count(0))
                 own = [

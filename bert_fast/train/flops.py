@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from bert_fast.config import BertConfig
+from bert_fast.ops.products import linear
 
 FORMULA = "3 (layers (2 T (4 D^2 + 2 D F) + 4 D sum n^2) + M (2 D^2 + 2 D V))"
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -54,14 +55,14 @@ def forward_flops(config: BertConfig, tokens: int, squares: int) -> int:
     return config.num_hidden_layers * (products + 4 * D * squares)
 
 
-def training_flops(config: BertConfig, tokens: int, squares: int, labels: int) -> int:
+def training_flops(config: BertConfig, tokens: int, squares: int, labels: float) -> float:
     """Return the operations of a forward and backward with the masked-LM head.
 
     Args:
         config: of the model.
         tokens: real ones.
         squares: the lengths of the sequences, squared and summed.
-        labels: masked tokens.
+        labels: masked tokens, or how many are expected.
     """
     D, V = config.hidden_size, config.vocab_size
     return 3 * (forward_flops(config, tokens, squares) + labels * (2 * D * D + 2 * D * V))
@@ -90,18 +91,19 @@ def vendor_peak(name: str, dtype: torch.dtype) -> float | None:
     return next((flops for pattern, flops in _VENDOR if re.search(pattern, name)), None)
 
 
+@torch.no_grad()
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a square matrix product, made for the moment; a fraction of a second.
 
     It is the best of products that are larger and larger, since a small one does not fill the
-    device, and any may have been disturbed.
+    device, and any may have been disturbed. On a CPU they are made as the model's are.
     """
     generator = torch.Generator(device).manual_seed(0)  # no draw from the run's own
     like = {"device": device, "dtype": dtype, "generator": generator}
     size, best, spent = _SMALLEST, 0.0, 0.0
     while size <= _LARGEST and (size <= _SURE or spent < _SPENT) and spent < _MOST:
         a, b = (torch.randn(size, size, **like) for _ in range(2))
-        torch.mm(a, b)  # the first of a size may prepare something
+        _product(a, b)  # the first of a size may prepare something
         seconds = [_seconds(a, b) for _ in range(3)]
         best, spent = max(best, 2 * size**3 / min(seconds)), spent + sum(seconds)
         size *= 2
@@ -120,6 +122,10 @@ def peak(device: torch.device | str, dtype: torch.dtype) -> Peak:
     return Peak(flops, said)
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b) if a.is_cuda else linear(a, b, None)
+
+
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the time of one product; on a GPU the mean of ten."""
     calls = 10 if a.is_cuda else 1
@@ -127,7 +133,7 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
         torch.cuda.synchronize(a.device)
     started = time.perf_counter()
     for _ in range(calls):
-        torch.mm(a, b)
+        _product(a, b)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return (time.perf_counter() - started) / calls
