@@ -89,6 +89,15 @@ class Split:
         """Tokens in all shards."""
         return sum(len(shard.tokens) for shard in self.shards)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """Return how often each token is there, (vocab_size,) int64."""
+        counts = np.zeros(vocab_size, np.int64)
+        for shard in self.shards:
+            for begin in range(0, len(shard.tokens), _BLOCK):
+                block = shard.tokens[begin : begin + _BLOCK]
+                counts += np.bincount(block, minlength=vocab_size)
+        return counts
+
 
 class Corpus:
     """A directory of shards, open.

@@ -165,11 +165,35 @@ def build_model(settings: PretrainSettings, config: BertConfig, texts: Texts) ->
     source = settings.model.init
     if source is None:
         torch.manual_seed(settings.seed)
-        return BertForPreTraining(config).train()
+        model = BertForPreTraining(config)
+        _begin(model, settings, texts)
+        return model.train()
     texts.check_vocabulary("model.init", source)
     torch.manual_seed(settings.seed)  # of heads that the checkpoint lacks
     model = BertForPreTraining.from_pretrained(source, config=config, dtype=torch.float32)
     return model.train()
+
+
+@torch.no_grad()
+def _begin(model: BertForPreTraining, settings: PretrainSettings, texts: Texts) -> None:
+    """Give new weights the values that the settings ask for in place of the usual ones."""
+    if settings.model.output_bias == "unigram":
+        counts = torch.from_numpy(texts.corpus.split("train").token_counts(texts.vocab_size))
+        shares = (counts + 1).double().log()  # 1: of tokens that are not there, too
+        model.cls.predictions.bias.copy_(shares - shares.mean())
+    if settings.model.positions == "sinusoidal":
+        weight = model.bert.embeddings.position_embeddings.weight
+        weight.copy_(_sinusoids(*weight.shape) * model.config.initializer_range)
+
+
+def _sinusoids(positions: int, width: int) -> torch.Tensor:
+    """Return (positions, width) sines and cosines with a mean square of 1.
+
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    """
+    pair = torch.arange(width) // 2
+    angles = torch.arange(positions)[:, None] / 10000 ** (2 * pair / width)
+    return 2**0.5 * torch.where(torch.arange(width) % 2 == 0, angles.sin(), angles.cos())
 
 
 class Trained(NamedTuple):

@@ -103,11 +103,17 @@ class ModelSettings:
     Attributes:
         size: tiny, mini, small, medium, base or large, as Google published them, with new weights.
         init: directory or hub id of a checkpoint to go on from.
+        output_bias: of the vocabulary, what new weights begin with: zeros, or unigram: the
+            logarithm of each token's share of the corpus, so that no step is spent on learning it.
+        positions: what new position embeddings begin as: random, or sinusoidal, so that near
+            positions are alike from the first step on.
         config: fields of BertConfig in place of the size's; of a checkpoint's, those of dropout.
     """
 
     size: Annotated[str | None, optional(one_of(*SIZES))] = None
     init: Annotated[str | None, optional(PATH)] = None
+    output_bias: Annotated[str, one_of("zeros", "unigram")] = "zeros"
+    positions: Annotated[str, one_of("random", "sinusoidal")] = "random"
     config: Annotated[dict[str, Any], MAPPING] = field(default_factory=dict)
 
     def bert_config(self, vocab_size: int) -> "BertConfig":
@@ -138,6 +144,9 @@ class ModelSettings:
             got = "neither" if self.size is None else "both"
             yield f"size, init: want one of them, got {got}"
             return
+        for name, usual in (("output_bias", "zeros"), ("positions", "random")):
+            if self.size is None and (got := getattr(self, name)) != usual:
+                yield f"{name}: want {usual} with init, whose weights are not new, got {got}"
         known = _DROPOUT if self.size is None else BertConfig.field_names() - {"vocab_size"}
         unknown = [name for name in self.config if name not in known]
         for name in unknown:
@@ -394,6 +403,8 @@ class PretrainSettings:
         if self.data.synthetic and self.save.every is not None:
             want = f"null with data.corpus={SYNTHETIC}, whose ids have no tokenizer"
             yield f"save.every: want {want}, got {self.save.every}"
+        if self.data.synthetic and self.model.output_bias == "unigram":
+            yield f"model.output_bias: want zeros with data.corpus={SYNTHETIC}, got unigram"
         if self.model.size is not None:
             most = self.model.bert_config(30522).max_position_embeddings
             for i, phase in enumerate(self.phases):
