@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import torch
 from batch_cases import MASK, V, batches_of, corpus, plain, rows, split
 
 import bert_fast
+from bert_fast.data import batches as module
 from bert_fast.data.batches import Position, steps
+from bert_fast.data.instances import pairs_of
 from bert_fast.data.synthetic import SyntheticBatches
 from bert_fast.train.objective import PreTrainingObjective
 
@@ -119,6 +123,44 @@ def test_signals_and_workers_that_die(tmp_path):
     for workers in (0, 2):
         came, error, message, _ = got[f"raise {workers}"]
         assert (came, error) == (3, "OSError") and "a file is gone" in message
+
+
+def test_an_end_gives_up_what_is_being_made(split, monkeypatch):
+    """Python cannot end beside a thread that computes: none is left behind steps that are closed,
+    which takes no longer than a piece of its work; what was given up is made when it is wanted."""
+    begun, asked = threading.Event(), []
+
+    def never(*, gives_up, **options):
+        begun.set()
+        while not gives_up():
+            asked.append(time.sleep(0.001))
+        raise InterruptedError
+
+    batches = batches_of(split, sequences=9)
+    assert batches.count(0)
+    before = threading.active_count()
+    made = steps(batches, Position(0, 0), 1)
+    monkeypatch.setattr(module, "pairs_of", lambda split, **options: never(**options))
+    first = next(made)  # of an epoch that was there, while the next one is begun
+    assert begun.wait(10) and threading.active_count() == before + 1
+    made.close()
+    assert threading.active_count() == before and asked
+    monkeypatch.undo()
+    again = batches_of(split, sequences=9)
+    assert [plain(batches[e, 0]) for e in (0, 1)] == [plain(again[e, 0]) for e in (0, 1)]
+    assert plain(first.batches[0][1]) == plain(again[0, 0])
+
+
+def test_pairs_are_given_up_between_pieces(split):
+    left = [3]
+
+    def gives_up():
+        left[0] -= 1
+        return left[0] < 0
+
+    with pytest.raises(InterruptedError):
+        pairs_of(split, seed=0, epoch=0, max_length=32, gives_up=gives_up)
+    assert left == [-1]
 
 
 @pytest.mark.long

@@ -89,7 +89,6 @@ def test_options_of_prepare(folder, capfd):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["vocab", "-", "-o", "new"], 1, "-: want files, which can be read again"),
         (["vocab", "book.txt", "-o", "model"], 1, "model: want a new or empty directory"),
         (["vocab", "no.txt", "-o", "new"], 1, "no.txt: want a file, got nothing"),
         (["vocab", "blank.txt", "-o", "new"], 1, "want at least one word, got none"),
@@ -109,6 +108,8 @@ def test_options_of_prepare(folder, capfd):
             1,
             "held_out: want a share",
         ),
+        (["vocab", "-", "-o", "new"], 1, "-: want a file, which can be read again"),
+        (["vocab", "/dev/null", "-o", "new", "--format", "txt"], 1, "which can be read again"),
         (["inspect", "model"], 1, "manifest.json"),
         (["inspect", "no"], 1, "no"),
     ],
@@ -123,6 +124,35 @@ def test_errors(arguments, status, message, folder, capfd):
     assert (got, out) == (status, "")
     assert err.splitlines()[-1].startswith("bert-fast: error: ") and message in err.splitlines()[-1]
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["magic", "shape", "order", "facts"])
+def test_a_damaged_corpus(folder, capfd, damage):
+    """Without --check nobody compares sums, and still the file is named."""
+    assert call(capfd, "data", "prepare", "book.txt", "--tokenizer", "model", "-o", "c")[0] == 0
+    path = folder / "c" / "train-00000.documents.npy"
+    raw = bytearray(path.read_bytes())
+    if damage == "facts":
+        manifest = folder / "c" / "manifest.json"
+        known = json.loads(manifest.read_text())
+        for name in ("unigram_entropy", "unknown", "sources", "problems"):
+            del known[name]
+        manifest.write_text(json.dumps(known))
+        status, out, err = call(capfd, "data", "inspect", "c")
+        assert (status, err) == (0, "") and "train" in out
+        return
+    if damage == "magic":
+        raw[:6] = b"\x93numpy"
+    elif damage == "shape":
+        at = raw.index(b"'shape': (") + 10
+        raw[at : at + 1] = b"9"
+    else:
+        raw[-12] ^= 0x40  # of the border before the last
+    path.write_bytes(raw)
+    status, out, err = call(capfd, "data", "inspect", "c")
+    (line,) = err.splitlines()
+    assert (status, out) == (1, "") and line.startswith("bert-fast: error: c")
+    assert "documents" in line and "want" in line and "pickle" not in line
 
 
 def test_from_a_pipe(folder):

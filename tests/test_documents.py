@@ -1,8 +1,10 @@
 """Files -> documents: where they end, and what becomes of bad input."""
 
+import errno
 import gzip
 import json
 import lzma
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -160,6 +162,27 @@ def test_bad_input_is_counted_and_named(tmp_path, name, raw, left, kind, where, 
     with pytest.raises(ValueError) as error:
         [*Documents([path], strict=True)]
     assert str(error.value).startswith(f"{path}:") and what in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/mem is Linux's")
+def test_a_file_that_the_system_does_not_read(tmp_path):
+    """As one with a broken block; reading the memory's first byte is an error, too."""
+    good, bad = write(tmp_path, "a\n"), "/proc/self/mem"
+    stream = Documents([bad, good], format="txt")
+    assert [document.paragraphs for document in stream] == [["a"]]
+    assert stream.problems.counts == {"damaged": 1, "empty": 1}
+    assert stream.problems.first["damaged"] == ["mem: Input/output error"]
+    with pytest.raises(OSError) as caught:
+        [*Documents([bad, good], format="txt", strict=True)]
+    assert (caught.value.filename, caught.value.errno) == (bad, errno.EIO)
+
+
+@pytest.mark.parametrize("text", ['""', '" \\n"', "null"])
+def test_strict_stops_at_a_record_without_a_text(tmp_path, text):
+    path = write(tmp_path, f'{{"text": "a"}}\n{{"text": {text}}}\n', "a.jsonl")
+    assert len([*Documents([path])]) == 1
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*want a (text|string), got"):
+        [*Documents([path], strict=True)]
 
 
 def test_the_others_are_read_all_the_same(tmp_path):

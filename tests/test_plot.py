@@ -83,6 +83,20 @@ def test_a_second_corpus_beside_the_own(tmp_path, drawn):
     assert {*curves["unigram entropy"].get_ydata()} == {ENTROPY}
 
 
+def test_a_corpus_that_was_moved_is_the_same(tmp_path, drawn):
+    """It is known by its digest; by its name in older records."""
+    run(tmp_path)
+    path = tmp_path / METRICS
+    records = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    for i, record in enumerate(r for r in records if r["kind"] == "evaluation"):
+        record |= {"digest": "one", "corpus": f"place {i}"}
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    draw(tmp_path, tmp_path / CURVES)
+    loss = lines_of(drawn[0][0])
+    assert {*loss} == {"training", "held out", "unigram entropy"}
+    assert len(loss["held out"].get_xdata()) == 2
+
+
 def test_several_runs_side_by_side(tmp_path, drawn):
     runs = [run(tmp_path / "a"), run(tmp_path / "b" / "x", evaluations=False)]
     runs.append(run(tmp_path / "c" / "x") / METRICS)
@@ -99,6 +113,11 @@ def test_without_records(tmp_path):
         draw(tmp_path, tmp_path / CURVES)
     with pytest.raises(FileNotFoundError):
         draw(tmp_path / "none", tmp_path / CURVES)
+    with pytest.raises(FileNotFoundError, match=r"x\.png: want a file in a directory"):
+        draw(tmp_path, tmp_path / "no" / "x.png")
+    (tmp_path / METRICS).write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match="want records of training"):
+        draw(tmp_path, tmp_path / CURVES)
     assert plot(tmp_path / "none", tmp_path / CURVES).startswith("no curves: ")
     assert not (tmp_path / CURVES).exists()
 

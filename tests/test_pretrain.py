@@ -405,6 +405,34 @@ def test_sinusoidal_positions(memory):
     assert 1 == pytest.approx(alike[0, 0].item()) and (alike[0, :2].diff() < 0).all()
 
 
+def test_padding_is_the_tokenizer_s(output):
+    """[PAD] is the last word here: the word with id 0 learns, and files say so."""
+    words = ["first", *VOCABULARY[1:], "[PAD]"]
+    with folder() as path:
+        corpus(path / "corpus", vocabulary=words)
+        given = settings(path / "corpus", output)
+        assert run(given) == 0
+        texts = Texts(given)
+        config = given.bert_config(texts.vocab_size, texts.pad_token_id)
+        start = build_model(given, config, texts).bert.embeddings.word_embeddings.weight
+    model = transformers.BertForPreTraining.from_pretrained(checkpoints(output)[-1])
+    assert model.config.pad_token_id == len(words) - 1
+    assert start[0].any() and not start[-1].any()
+    assert (model.bert.embeddings.word_embeddings.weight[0] != start[0]).all()
+
+
+def test_a_model_into_which_pairs_do_not_fit(learned, output):
+    """It is told before the first step, also of the last phase."""
+    init = str(checkpoints(Path(learned.output))[-1])
+    short = {"steps": 1, "max_length": 8, "sequences": 2}
+    changes = {"model": {"init": init}, "phases": [short, {**short, "max_length": 64}]}
+    given = settings(learned.data.corpus, output, **changes)
+    with pytest.raises(ValueError, match=r"phases\.1\.max_length: want at most 32, .* got 64"):
+        run(given)
+    with pytest.raises(ValueError, match="want type_vocab_size 2 for pairs, got 1"):
+        settings(learned.data.corpus, output, model__config={**SIZES, "type_vocab_size": 1})
+
+
 # --- without texts --------------------------------------------------------------------------------
 
 

@@ -210,6 +210,18 @@ def test_the_number_of_processes_may_change(memory, output):
     assert records(changing) == records(one)
 
 
+def test_a_checkpoint_that_stepped_aside(memory, output):
+    """A kill between two renames leaves it so; all processes find it."""
+    given = settings_of(memory, output)
+    assert run(given) == 0
+    (path,) = (output / "checkpoints").glob("step-*12")
+    path.rename(path.with_name(f"{path.name}.old"))
+    longer = [{**given.to_dict()["phases"][0], "steps": 12}]
+    processes, _ = ranks(settings_of(memory, output, phases=longer))
+    assert [p.status for p in processes] == [0, 0], [p.said for p in processes]
+    assert all("goes on from" in p.said and ".old" in p.said for p in processes[:1])
+
+
 def test_the_library_is_the_first_process_s(memory, output):
     """Whatever the others have chosen, whatever they have measured."""
 
@@ -235,6 +247,11 @@ def test_settings_that_do_not_go_together(memory, output):
     processes, _ = ranks(settings_of(memory, output, fsdp=True, optimizer__name="lamb"))
     for process in processes:
         assert process.status == 1 and "fsdp: want adamw" in process.errors()[0]
+    with pytest.raises(ValueError, match="fsdp: want processes that torchrun starts"):
+        run(settings_of(memory, output, fsdp=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: want cpu, since PyTorch finds no GPU"):
+            run(settings_of(memory, output, device="cuda"))
 
 
 # --- signals --------------------------------------------------------------------------------------

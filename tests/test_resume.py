@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_cases import Disk, names
 from training_cases import (
+    VOCABULARY,
     Process,
     assert_same,
     at_step,
@@ -381,6 +382,47 @@ def test_from_a_path(memory, output, whole):
     assert got == want
     assert records(output) == records(whole())[20:]
     assert last(whole())["step"] == STEPS
+
+
+def test_from_a_path_with_other_micro_batches(memory, output, whole):
+    """Larger ones, of which the epoch has not so many: it begins the next."""
+    source = checkpoints(whole())[-1]
+    larger = {"steps": STEPS + 2, "max_length": 24, "sequences": 64}
+    given = settings_of(memory, output, save__resume=str(source), phases=[larger])
+    assert run(given) == 0
+    assert last(output)["step"] == STEPS + 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_from_a_path_in_another_precision(memory, output, whole, precision):
+    more = [{**settings_of(memory, output).to_dict()["phases"][0], "steps": STEPS + 2}]
+    changes = {
+        "precision": precision,
+        "phases": more,
+        "save__resume": str(checkpoints(whole())[-1]),
+    }
+    assert run(settings_of(memory, output, **changes)) == 0
+    assert last(output)["step"] == STEPS + 2
+
+
+def test_from_a_path_beyond_the_end(memory, output, whole):
+    fewer = [{**settings_of(memory, output).to_dict()["phases"][0], "steps": 8}]
+    given = settings_of(memory, output, phases=fewer, save__resume=str(checkpoints(whole())[-1]))
+    with pytest.raises(ValueError, match=f"want a checkpoint of at most 8 steps.*got {STEPS}"):
+        run(given)
+
+
+def test_from_a_path_with_other_words(memory, output, whole):
+    """As many, by other ids: nobody would see it in shapes."""
+    words = [*VOCABULARY]
+    words[-1], words[-2] = words[-2], words[-1]
+    with folder() as other:
+        corpus(other / "corpus", vocabulary=words)
+        given = settings_of(other, output, save__resume=str(checkpoints(whole())[-1]))
+        with pytest.raises(
+            ValueError, match=r"save\.resume: .*want the vocabulary of data\.corpus"
+        ):
+            run(given)
 
 
 @pytest.mark.parametrize(

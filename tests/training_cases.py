@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +55,12 @@ def document(chance: random.Random, topics: str = TOPICS) -> list[list[int]]:
 
 
 def corpus(
-    path: Path, documents: int = 30, held_out: int = 8, seed: int = 0, apart: bool = False
+    path: Path,
+    documents: int = 30,
+    held_out: int = 8,
+    seed: int = 0,
+    apart: bool = False,
+    vocabulary: Sequence[str] = VOCABULARY,
 ) -> Path:
     """Write a corpus of such documents with its tokenizer.
 
@@ -65,11 +70,12 @@ def corpus(
         held_out: documents for evaluation.
         seed: of the documents.
         apart: the topics of those held out are others, the last two.
+        vocabulary: the words of the ids, in place of what they are in the documents.
     """
     chance = random.Random(seed)
-    tokenizer = BertTokenizer(VOCABULARY)
-    with CorpusWriter(path, vocab_size=len(VOCABULARY), shard_tokens=400) as writer:
-        counts = np.zeros(len(VOCABULARY))
+    tokenizer = BertTokenizer(vocabulary)
+    with CorpusWriter(path, vocab_size=len(vocabulary), shard_tokens=400) as writer:
+        counts = np.zeros(len(vocabulary))
         for number in range(documents + held_out):
             split = "train" if number < documents else "held_out"
             topics = {"train": TOPICS[:-2], "held_out": TOPICS[-2:]}[split] if apart else TOPICS

@@ -80,10 +80,13 @@ def print_corpus(found: dict[str, Any]) -> None:
         for kind in ("sentence", "document"):
             lengths = said[f"{kind}_tokens"].items()
             print(f"    tokens a {kind}: {', '.join(f'{name} {n:,}' for name, n in lengths)}")
-    print(f"  unigram entropy {found['unigram_entropy']:.4f} nats, unknown {found['unknown']:.3%}")
-    for source in found["sources"]:
+    if "unigram_entropy" in found:
+        print(f"  unigram entropy {found['unigram_entropy']:.4f} nats")
+    if "unknown" in found:
+        print(f"  unknown {found['unknown']:.3%} of the tokens")
+    for source in found.get("sources", []):
         print(f"  from {source['name']}: {source['documents']:,} documents")
-    for kind, said in found["problems"].items():
+    for kind, said in found.get("problems", {}).items():
         print(f"  {kind} {said['count']:,}")
         for message in said["first"]:
             print(f"    {message}")

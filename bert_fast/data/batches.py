@@ -103,10 +103,12 @@ class Batches(Dataset):
         self.max_length, self.sequences, self.tokens = max_length, sequences, tokens
         self.seed, self.short_seq_prob = check_seed(seed), short_seq_prob
         self._made: dict[int, Future[_Epoch]] = {}
+        self._threads: list[Thread] = []
+        self._gives_up = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a process that is not forked gets: it makes its epochs itself."""
-        return vars(self) | {"_made": {}}
+        return vars(self) | {"_made": {}, "_threads": []}
 
     def count(self, epoch: int) -> int:
         """Return how many micro-batches an epoch has."""
@@ -151,7 +153,21 @@ class Batches(Dataset):
         """Begin to make an epoch in a thread, so that nothing waits for it later."""
         if epoch not in self._made:
             self._made[epoch] = Future()
-            Thread(target=self._fulfil, args=(epoch, self._made[epoch]), daemon=True).start()
+            thread = Thread(target=self._fulfil, args=(epoch, self._made[epoch]), daemon=True)
+            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            thread.start()
+
+    def stop_preparing(self) -> None:
+        """Give up the epochs that are still being made; Python could not end beside them."""
+        self._gives_up = True
+        for thread in self._threads:
+            thread.join()
+        self._gives_up = False
+        self._made = {
+            epoch: made
+            for epoch, made in self._made.items()
+            if made.done() and not isinstance(made.exception(), InterruptedError)
+        }
 
     def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._made:
@@ -174,6 +190,7 @@ class Batches(Dataset):
             epoch=epoch,
             max_length=self.max_length,
             short_seq_prob=self.short_seq_prob,
+            gives_up=lambda: self._gives_up,
         )
         if self.sequences is not None:
             borders = np.arange(0, len(pairs) + self.sequences, self.sequences)
@@ -254,13 +271,16 @@ def steps(
     )
     mine = range(rank, micro_batches, world)
     made = iter(loader)  # forks; threads come afterwards
-    for positions in _plan(batches, start, micro_batches):
-        batches.prepare(positions[0].epoch + 1)
-        try:
-            own = [(number, next(made)) for number in mine]
-        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
-            raise RuntimeError("a worker that makes batches died") from error
-        yield Step(own, positions[rank::world], _after(batches, positions[-1]))
+    try:
+        for positions in _plan(batches, start, micro_batches):
+            batches.prepare(positions[0].epoch + 1)
+            try:
+                own = [(number, next(made)) for number in mine]
+            except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+                raise RuntimeError("a worker that makes batches died") from error
+            yield Step(own, positions[rank::world], _after(batches, positions[-1]))
+    finally:
+        batches.stop_preparing()
 
 
 class _Mine:

@@ -144,7 +144,7 @@ class Documents:
 
         Raises:
             ValueError: for what is wrong with a file, where `strict` is set.
-            OSError: a file cannot be read.
+            OSError: a file cannot be read, likewise.
         """
         note, self._note = self._note, lambda message: None
         self.position, self.counts, self.problems = 0, [0] * len(self.sources), Problems(note)
@@ -186,6 +186,11 @@ class Documents:
             if self.strict:
                 raise
             self.problems.add("damaged", str(error), reader.source)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if self.strict:
+                raise OSError(error.errno, reason, reader.name) from error
+            self.problems.add("damaged", f"{reader.name}: {reason}", reader.source)
 
     def _whole(self, reader: Reader) -> Iterator[tuple[bool, int, str]]:
         """Yield (whether a document begins, line, paragraph) for what is not blank."""
@@ -201,7 +206,10 @@ class Documents:
                 continue
             if blank:
                 if text is not None and reader.format != "txt":
-                    what = f"{reader.name}:{line}: skipped: want a text, got an empty one"
+                    what = "want a text, got an empty one"
+                    if self.strict:
+                        raise BadLineError(f"{reader.name}:{line}: {what}")
+                    what = f"{reader.name}:{line}: skipped: {what}"
                     self.problems.add("skipped", what, reader.source)
                 continue
             begins = not again

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_fast.data.shards import Corpus, Split
+from bert_fast.data.shards import Corpus, Shard, Split
 
 _SHARES = (0.05, 0.5, 0.95)
 
@@ -35,6 +35,8 @@ def inspect_corpus(path: str | os.PathLike, *, verify: bool = False) -> dict[str
     found["splits"] = {}
     for name, said in manifest["splits"].items():
         if said["documents"]:
+            for number, shard in enumerate(corpus.split(name).shards):
+                _check(shard, f"{path}: {name} {number}")
             found["splits"][name] = _lengths(corpus.split(name), said)
     return found
 
@@ -63,6 +65,13 @@ def first_documents(
             places = shard.sentences[first : min(last, first + sentences) + 1]
             found.append([tokenizer.decode(shard.tokens[a:b]) for a, b in pairwise(places)])
     return found
+
+
+def _check(shard: Shard, what: str) -> None:
+    """Raise a ValueError where borders are not in order: without sums nobody has looked yet."""
+    for kind in ("documents", "sentences"):
+        if (np.diff(getattr(shard, kind)) < 1).any():
+            raise ValueError(f"{what}: {kind}: want borders that rise, got others")
 
 
 def _lengths(split: Split, said: dict[str, Any]) -> dict[str, Any]:

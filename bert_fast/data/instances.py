@@ -11,9 +11,9 @@ begins with it is made by those. So pairs and masks differ from epoch to epoch, 
 processes find the same ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ _KEY = 0x6E65787473656E74  # makes another key of the seed than masking has
 _BLOCK = 2**18  # sentences whose random words are held at a time
 _WALKS = 5  # at most, to find as many random pairs as others
 _WORD = 2**32
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ class Pairs:
 
 
 def pairs_of(
-    split: Split, *, seed: int, epoch: int, max_length: int, short_seq_prob: float = 0.1
+    split: Split,
+    *,
+    seed: int,
+    epoch: int,
+    max_length: int,
+    short_seq_prob: float = 0.1,
+    gives_up: Callable[[], bool] = lambda: False,
 ) -> Pairs:
     """Return the pairs of an epoch, in the order in which it takes them.
 
@@ -79,9 +86,11 @@ def pairs_of(
         epoch: 0 to 2**31 - 1.
         max_length: tokens of a pair at most, with [CLS] and two [SEP].
         short_seq_prob: share of the pairs that are made for a length drawn from 2 up to that.
+        gives_up: asked now and then whether nobody wants them any more.
 
     Raises:
         ValueError: fewer than two documents, or max_length is below 5.
+        InterruptedError: it gave up.
     """
     check_length(max_length)
     if not 0 <= short_seq_prob <= 1:
@@ -91,10 +100,11 @@ def pairs_of(
         raise ValueError(f"{split.name}: want {want}, got {split.num_documents}")
     key = int(mix(np.array([seed], np.uint64) ^ np.uint64(_KEY))[0])
     most, short = max_length - SPECIAL_TOKENS, round(short_seq_prob * _WORD)
-    blocks = [_Block(place, key, epoch, most, short) for place in _places(split)]
+    blocks = [_Block(at, key, epoch, most, short) for at in _asking(_places(split), gives_up)]
     others = _Others(split)
-    walks = _balanced(blocks)
-    found = [block.pairs(*walk, others) for block, walk in zip(blocks, walks, strict=True)]
+    walks = _balanced(blocks, gives_up)
+    made = _asking(zip(blocks, walks, strict=True), gives_up)
+    found = [block.pairs(*walk, others) for block, walk in made]
     names = [field.name for field in fields(Pairs)]
     columns = (np.concatenate([getattr(part, name) for part in found]) for name in names)
     pairs = Pairs(*columns)
@@ -108,7 +118,17 @@ def check_length(max_length: int) -> None:
         raise ValueError(f"max_length: want at least {2 + SPECIAL_TOKENS}, got {max_length}")
 
 
-def _balanced(blocks: list["_Block"]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _asking(items: Iterable[_T], gives_up: Callable[[], bool]) -> Iterator[_T]:
+    """Yield the items; each is small work, before which it is asked whether to go on."""
+    for item in items:
+        if gives_up():
+            raise InterruptedError("pairs that nobody wants any more are not made")
+        yield item
+
+
+def _balanced(
+    blocks: list["_Block"], gives_up: Callable[[], bool]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return a walk through each block, half of whose pairs together are random.
 
     Which pairs there are depends on which are random, so the share of the lot that does it is
@@ -116,7 +136,7 @@ def _balanced(blocks: list["_Block"]) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     share, before = 0.5, None
     for _ in range(_WALKS):
-        walks = [block.walk(round(share * _WORD)) for block in blocks]
+        walks = [block.walk(round(share * _WORD)) for block in _asking(blocks, gives_up)]
         pairs = sum(len(starts) for starts, _ in walks)
         excess = sum(np.count_nonzero(random) for _, random in walks) - pairs / 2
         if excess**2 <= pairs / 4:  # within a deviation of what tossing a coin gives

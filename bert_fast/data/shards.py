@@ -11,6 +11,7 @@ A document lies in one shard as a whole. The manifest comes last, so that a dire
 is complete.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -162,7 +163,7 @@ class Corpus:
                 raise ValueError(f"{path}: want {file['bytes']} bytes, got {got}")
             if verify:
                 _verify(path, file)
-            arrays[kind] = np.load(path, mmap_mode="r", allow_pickle=False)
+            arrays[kind] = _mapped(path)
             self._check(path, kind, arrays[kind], said)
         inner = [len(arrays[kind]) for kind in ARRAYS[:2]]
         for kind, end in zip(ARRAYS[1:], (inner[0], inner[1] - 1), strict=True):
@@ -297,8 +298,13 @@ class CorpusWriter:
         shards, files = self._shards[split], {}
         for kind in ARRAYS:
             path = self._directory / f"{split}-{len(shards):05}.{kind}.npy"
-            with open(path, "wb") as file:
-                np.save(file, np.frombuffer(getattr(part, kind), getattr(part, kind).typecode))
+            values = np.frombuffer(getattr(part, kind), getattr(part, kind).typecode)
+            try:
+                with open(path, "wb") as file:
+                    np.save(file, values)
+            except OSError as error:  # NumPy's own, of a full disk, says neither number nor file
+                number, reason = error.errno or errno.ENOSPC, error.strerror or str(error)
+                raise OSError(number, reason, str(self.target / path.name)) from error
             files[kind] = {"name": path.name} | _entry(path)
         counts = {
             "documents": len(part.documents) - 1,
@@ -341,6 +347,14 @@ def _entry(path: Path) -> dict[str, Any]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """Return an array of a file, which is not read yet."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: want an array of NumPy, got something else") from error
 
 
 def _verify(path: Path, said: Mapping[str, Any]) -> None:

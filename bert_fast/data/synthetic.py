@@ -58,6 +58,9 @@ class SyntheticBatches(Dataset):
     def prepare(self, epoch: int) -> None:
         """Do nothing: there is nothing to make ahead."""
 
+    def stop_preparing(self) -> None:
+        """Do nothing."""
+
     def numbers(self, position: tuple[int, int]) -> list[int]:
         """Return the numbers of the pairs of a micro-batch."""
         return [*range(position[1] * self.sequences, (position[1] + 1) * self.sequences)]

@@ -1,5 +1,6 @@
 """From settings to what a run consists of: texts, model, optimizer."""
 
+import os
 import warnings
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
         corpus: directory of its documents.
+        digest: what the corpus is known by, wherever it lies.
         unigram_entropy: of that corpus's training tokens in nats: the loss of guessing by
             frequency; None: unknown.
         batches: this process's share of the micro-batches, and whether it counts: all processes
@@ -37,6 +39,7 @@ class HeldOut(NamedTuple):
     """
 
     corpus: str
+    digest: str
     unigram_entropy: float | None
     batches: list[tuple[Batch, bool]]
 
@@ -77,6 +80,11 @@ class Texts:
         return self.corpus.vocab_size
 
     @property
+    def pad_token_id(self) -> int | None:
+        """The corpus's; None with random ids, which have none."""
+        return None if self.tokenizer is None else self.tokenizer.pad_token_id
+
+    @property
     def digest(self) -> str:
         """What the corpus is known by."""
         return "" if self.corpus is None else self.corpus.digest
@@ -96,7 +104,7 @@ class Texts:
         return self._of(self.corpus, "train", phase, seed, data.short_seq_prob)
 
     def held_out(self, phase: Phase, rank: int, world: int) -> list[HeldOut]:
-        """Return what evaluations are of, the same each time; nothing with random ids.
+        """Return what evaluations in a phase are of, each time; nothing with random ids.
 
         A corpus with fewer than two documents that are held out is left out, with a warning.
         """
@@ -115,7 +123,7 @@ class Texts:
                     for number in range(rank, -(-count // world) * world, world)
                 ]
                 entropy = corpus.manifest.get("unigram_entropy")
-                found.append(HeldOut(str(corpus.path), entropy, own))
+                found.append(HeldOut(str(corpus.path), corpus.digest, entropy, own))
         return found
 
     def check_vocabulary(self, setting: str, directory: str) -> None:
@@ -217,11 +225,14 @@ def build(settings: PretrainSettings, model: BertForPreTraining, ranks: Ranks) -
 
     Raises:
         NotImplementedError: sharded parameters with LAMB or fp16.
+        ValueError: sharded parameters without torchrun.
     """
     given, dtype = settings.optimizer, DTYPES[settings.precision]
     if settings.fsdp and (given.name != "adamw" or settings.precision == "fp16"):
         got = f"{given.name} in {settings.precision}"
         raise NotImplementedError(f"fsdp: want adamw in fp32 or bf16 with it, got {got}")
+    if settings.fsdp and "RANK" not in os.environ:
+        raise ValueError("fsdp: want processes that torchrun starts, got one alone")
     model.to(ranks.device)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     if not settings.fsdp:  # which casts on the way

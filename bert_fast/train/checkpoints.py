@@ -42,7 +42,8 @@ MARGIN = 2**23  # bytes for the tokenizer, headers and JSON
 
 _ENTRIES = {"format", "version", "step", "config_fingerprint", "files"}
 _REQUIRED = {CONFIG_FILE, SAFETENSORS, OPTIMIZER, STATE}
-_NAME = re.compile(r"step-(\d{8,15})(\.old)?", re.ASCII)
+ASIDE = ".old"
+_NAME = re.compile(rf"step-(\d{{8,15}})({re.escape(ASIDE)})?", re.ASCII)
 _LEFT = re.compile(r"\.step-\d{8,15}\.[0-9a-f]{16}\.tmp", re.ASCII)
 _OURS = re.compile(
     r"(config|bert_fast|state|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens)"
@@ -70,6 +71,11 @@ class Checkpoint:
     path: Path
     state: TrainingState
     config: BertConfig
+
+    @property
+    def aside(self) -> bool:
+        """Whether it has stepped aside for another of its step, which never came."""
+        return self.path.suffix == ASIDE
 
 
 class Checkpoints:
@@ -123,7 +129,7 @@ class Checkpoints:
             _sync(self.directory.parent)
         self._tidy()
         self._check_space(state.nbytes + len(described) + MARGIN)
-        temporary, old = _temporary(path), path.with_name(f"{path.name}.old")
+        temporary, old = _temporary(path), self.path_of(state.step, aside=True)
         try:
             temporary.mkdir()
             _write(temporary, state, described, config, tokenizer)
@@ -170,15 +176,15 @@ class Checkpoints:
                 note(str(error))
         return None
 
-    def path_of(self, step: int) -> Path:
-        """Return the directory of a step's checkpoint."""
-        return self.directory / f"step-{step:08}"
+    def path_of(self, step: int, aside: bool = False) -> Path:
+        """Return the directory of a step's checkpoint, or of one that has stepped aside."""
+        return self.directory / f"step-{step:08}{ASIDE if aside else ''}"
 
     def _found(self) -> list[Path]:
         """Return what has the name of a checkpoint, the newest first."""
         names = os.listdir(self.directory) if self.directory.is_dir() else []
         paths = [self.directory / name for name in names if _NAME.fullmatch(name)]
-        return sorted(paths, key=lambda path: (_step(path), path.suffix != ".old"), reverse=True)
+        return sorted(paths, key=lambda path: (_step(path), path.suffix != ASIDE), reverse=True)
 
     def _tidy(self) -> None:
         """Clear away what killed saves have left; a checkpoint that stepped aside comes back."""
@@ -187,7 +193,7 @@ class Checkpoints:
             if _LEFT.fullmatch(name) and path.is_dir() and not path.is_symlink():
                 _remove_tree(path)
         for path in self._found():
-            if path.suffix == ".old" and not _foreign(path):
+            if path.suffix == ASIDE and not _foreign(path):
                 if os.path.lexists(path.with_suffix("")):
                     _remove(path)
                 else:

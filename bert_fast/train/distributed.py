@@ -50,7 +50,8 @@ class Ranks:
             device: None: this process's GPU if there is one, else the CPU.
 
         Raises:
-            ValueError: several processes and a device with a number of its own.
+            ValueError: several processes and a device with a number of its own; a GPU where
+                PyTorch finds none.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world > 1 and device is not None and ":" in device:
@@ -59,6 +60,8 @@ class Ranks:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         where = torch.device(device)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: want cpu, since PyTorch finds no GPU, got {device}")
         if where.type == "cuda":
             where = torch.device("cuda", local if where.index is None else where.index)
             torch.cuda.set_device(where)

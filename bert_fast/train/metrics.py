@@ -105,8 +105,8 @@ class Meter:
             mlm_loss and nsp_loss, means in nats. mlm_accuracy: None where no step counted it.
             nsp_accuracy. grad_norm: of the last step. tokens, sequences, labels: of the interval,
             of all processes. seconds: of it. tokens_per_second, sequences_per_second. mfu: share of
-            the peak, or None. data_wait: seconds of it. skipped: steps so far. tokens_total: since
-            the first step. left: seconds.
+            the peak, or None. data_wait: seconds of it. skipped: steps since the process began.
+            tokens_total: since the first step. left: seconds.
         """
         sums, last, done = self._sums, self._last, self.step - self._first
         seconds = max(self._clock() - self._started - self._paused, 1e-9)
@@ -229,7 +229,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            kinds = {"kind": str, "step": int}
+            if isinstance(record, dict) and all(
+                isinstance(record.get(name), kind) for name, kind in kinds.items()
+            ):
                 yield record
 
 

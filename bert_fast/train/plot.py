@@ -24,6 +24,8 @@ def draw(runs: Path | Sequence[Path], target: Path) -> None:
         ImportError: matplotlib is not installed.
         OSError: the picture cannot be written.
     """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: want a file in a directory, got no directory")
     paths = [runs] if isinstance(runs, Path) else runs
     files = [path / METRICS if path.is_dir() else path for path in paths]
     records = {_name(file, files): read_records(file) for file in files}
@@ -90,15 +92,20 @@ def _draw_run(panels: Any, records: list[dict[str, Any]], color: str, name: str)
     loss.plot(*_curve(train, "mlm_loss"), **faint, label=f"{name}training")
     accuracy.plot(*_curve(train, "nsp_accuracy"), **faint, label=f"{name}training")
     rate.plot(*_curve(train, "tokens_per_second"), color=color, label=name.removesuffix(": "))
-    corpora = list(dict.fromkeys(record["corpus"] for record in held_out))
-    for corpus, line in zip(corpora, ("-", ":"), strict=False):  # the run's own first
-        of = [record for record in held_out if record["corpus"] == corpus]
+    corpora = {_corpus(record): record["corpus"] for record in held_out}
+    for (digest, corpus), line in zip(corpora.items(), ("-", ":"), strict=False):  # own first
+        of = [record for record in held_out if _corpus(record) == digest]
         label = f"{name}held out" + (f", {Path(corpus).name}" if len(corpora) > 1 else "")
         loss.plot(*_curve(of, "mlm_loss"), **marked, linestyle=line, label=label)
         accuracy.plot(*_curve(of, "nsp_accuracy"), **marked, linestyle=line, label=label)
     if held_out and (entropy := held_out[0].get("unigram_entropy")) is not None:
         label = f"{name}unigram entropy"
         loss.axhline(entropy, color=color, linestyle="--", linewidth=1, label=label)
+
+
+def _corpus(record: Mapping[str, Any]) -> str:
+    """Return what a corpus is known by, whatever it was called; older records know the name."""
+    return record.get("digest", record["corpus"])
 
 
 def _curve(records: list[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

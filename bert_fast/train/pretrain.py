@@ -90,7 +90,7 @@ class _Run:
             raise ValueError(f"micro_batches: want {want}, got {settings.micro_batches}")
         self.settings, self.ranks, self.output = settings, ranks, Path(settings.output)
         self.texts = Texts(settings, verify=ranks.rank == 0)
-        self.config = settings.model.bert_config(self.texts.vocab_size)
+        self.config = settings.bert_config(self.texts.vocab_size, self.texts.pad_token_id)
         self.trained = build(settings, build_model(settings, self.config, self.texts), ranks)
         self.scaler = None
         if settings.precision == "fp16":
@@ -144,6 +144,8 @@ class _Run:
         if within == 0 and self.position.batch:  # its micro-batches are others than the last one's
             self.position = Position(self.position.epoch + 1, 0)
         batches = self.texts.batches(phase)
+        if self.position.batch >= batches.count(self.position.epoch):  # it had smaller ones
+            self.position = Position(self.position.epoch + 1, 0)
         held_out = self._held_out(phase)
         made = steps(
             batches,
@@ -199,10 +201,15 @@ class _Run:
         if wanted == "auto":
             found = self._newest() if ranks.rank == 0 else None
             step = ranks.of_first(-1 if found is None else found.state.step)
+            aside = ranks.of_first(found is not None and found.aside)
             if found is None and step >= 0:
-                found = load(self.checkpoints.path_of(step), config=self.config)
+                found = load(self.checkpoints.path_of(step, bool(aside)), config=self.config)
         elif wanted != "no":
+            self.texts.check_vocabulary("save.resume", wanted)
             found = load(wanted, config=self.config)
+            if found.state.step > self.settings.steps:
+                want = f"a checkpoint of at most {self.settings.steps} steps, as the run has"
+                raise ValueError(f"save.resume: {wanted}: want {want}, got {found.state.step}")
         self._choose_library(found)
         if found is None:
             return
@@ -210,7 +217,7 @@ class _Run:
         restore(state, self.trained.model, self.trained.optimizer)
         self.step, self.position = state.step, Position(**state.position)
         self.tokens = state.facts["tokens"]
-        if self.scaler is not None:
+        if self.scaler is not None and state.facts["scaler"] is not None:
             self.scaler.load_state_dict(state.facts["scaler"])
         if ranks.rank == 0:
             _say(f"goes on from {found.path}")
@@ -273,7 +280,8 @@ class _Run:
             except OSError as error:
                 saved = self.settings.save.on_error == "warn"
                 kind, reason = "warning" if saved else "error", error.strerror or str(error)
-                _say(f"{kind}: no checkpoint of step {self.step}: {reason}")
+                at = f"{error.filename}: " if error.filename and error.strerror else ""
+                _say(f"{kind}: no checkpoint of step {self.step}: {at}{reason}")
         return bool(self.ranks.of_first(int(saved)))
 
     # --- figures ---------------------------------------------------------------------------------
@@ -305,7 +313,7 @@ class _Run:
     def _evaluate(self, held_out: list[HeldOut]) -> None:
         for one in held_out:
             found = evaluate(self.trained.objective, one.batches, self.ranks)
-            facts = {"corpus": one.corpus, "unigram_entropy": one.unigram_entropy}
+            facts = {name: getattr(one, name) for name in ("corpus", "digest", "unigram_entropy")}
             self._record("evaluation", **found, **facts)
 
     def _diagnose(self, error: NonFiniteError) -> str:

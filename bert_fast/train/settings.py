@@ -38,6 +38,7 @@ SYNTHETIC = "synthetic"
 SIZES = ("tiny", "mini", "small", "medium", "base", "large")
 # What may differ from the checkpoint to go on from: the weights mean the same without it.
 _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_OF_CORPUS = {"vocab_size", "pad_token_id"}
 _SHORTEST = 5  # [CLS] a [SEP] b [SEP]
 _LENGTHS = several(integer(_SHORTEST), f"a list of ints, {_SHORTEST} or more")
 _BETAS = several(BELOW_1, "two numbers from 0 to below 1", 2)
@@ -116,11 +117,12 @@ class ModelSettings:
     positions: Annotated[str, one_of("random", "sinusoidal")] = "random"
     config: Annotated[dict[str, Any], MAPPING] = field(default_factory=dict)
 
-    def bert_config(self, vocab_size: int) -> "BertConfig":
+    def bert_config(self, vocab_size: int, pad_token_id: int | None = None) -> "BertConfig":
         """Return the model's configuration.
 
         Args:
             vocab_size: of the corpus's tokenizer.
+            pad_token_id: likewise; None: whatever it is.
 
         Raises:
             ValueError: the checkpoint has another vocabulary; an invalid configuration.
@@ -129,11 +131,15 @@ class ModelSettings:
         from bert_fast.config import BertConfig
 
         if self.init is None:
-            return BertConfig.named(self.size, vocab_size=vocab_size, **self.config)
+            fields = self.config if pad_token_id is None else {"pad_token_id": pad_token_id}
+            return BertConfig.named(self.size, vocab_size=vocab_size, **{**self.config, **fields})
         config = BertConfig.from_pretrained(self.init, **self.config)
         if config.vocab_size != vocab_size:
             want = f"a vocabulary of {vocab_size} tokens, as the corpus has"
             raise ValueError(f"model.init: {self.init}: want {want}, got {config.vocab_size}")
+        if pad_token_id is not None and config.pad_token_id not in (pad_token_id, None):
+            want = f"pad_token_id {pad_token_id}, as the corpus has"
+            raise ValueError(f"model.init: {self.init}: want {want}, got {config.pad_token_id}")
         return config
 
     def problems(self) -> Iterator[str]:
@@ -147,11 +153,11 @@ class ModelSettings:
         for name, usual in (("output_bias", "zeros"), ("positions", "random")):
             if self.size is None and (got := getattr(self, name)) != usual:
                 yield f"{name}: want {usual} with init, whose weights are not new, got {got}"
-        known = _DROPOUT if self.size is None else BertConfig.field_names() - {"vocab_size"}
+        known = _DROPOUT if self.size is None else BertConfig.field_names() - _OF_CORPUS
         unknown = [name for name in self.config if name not in known]
         for name in unknown:
-            if name == "vocab_size":
-                yield "config.vocab_size: want it left out, as it is the corpus's, got a value"
+            if name in _OF_CORPUS:
+                yield f"config.{name}: want it left out, as it is the corpus's, got a value"
             elif self.size is None:
                 yield f"config.{name:.200}: want {', '.join(_DROPOUT)} alone with init, got it"
             else:
@@ -207,7 +213,7 @@ class OptimizerSettings:
     name: Annotated[str, one_of("adamw", "lamb")] = "adamw"
     lr: Annotated[float, POSITIVE] = 1e-4
     betas: Annotated[tuple[float, float], _BETAS] = (0.9, 0.999)
-    eps: Annotated[float, NOT_NEGATIVE] = 1e-6
+    eps: Annotated[float, POSITIVE] = 1e-6
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     max_grad_norm: Annotated[float | None, optional(POSITIVE)] = 1.0
     warmup: Annotated[int | float, COUNT_OR_SHARE] = 0.01
@@ -406,19 +412,36 @@ class PretrainSettings:
         if self.data.synthetic and self.model.output_bias == "unigram":
             yield f"model.output_bias: want zeros with data.corpus={SYNTHETIC}, got unigram"
         if self.model.size is not None:
-            most = self.model.bert_config(30522).max_position_embeddings
-            for i, phase in enumerate(self.phases):
-                if phase.max_length > most:
-                    want = f"at most {most}, as model.config.max_position_embeddings is"
-                    yield f"phases.{i}.max_length: want {want}, got {phase.max_length}"
+            yield from self._unfit(self.model.bert_config(30522))
+
+    def _unfit(self, config: "BertConfig") -> Iterator[str]:
+        """Yield why pairs do not fit into a model."""
+        most = config.max_position_embeddings
+        for i, phase in enumerate(self.phases):
+            if phase.max_length > most:
+                want = f"at most {most}, as the model's max_position_embeddings is"
+                yield f"phases.{i}.max_length: want {want}, got {phase.max_length}"
+        if config.type_vocab_size < 2:
+            yield f"model: want type_vocab_size 2 for pairs, got {config.type_vocab_size}"
+
+    def bert_config(self, vocab_size: int, pad_token_id: int | None = None) -> "BertConfig":
+        """Return the model's configuration; see `ModelSettings.bert_config`.
+
+        Raises:
+            ValueError: also where a phase's pairs do not fit into the model.
+        """
+        config = self.model.bert_config(vocab_size, pad_token_id)
+        if found := [*self._unfit(config)]:
+            raise ValueError("; ".join(found))
+        return config
 
 
 def load(config: str | Path, overrides: Sequence[str] = ()) -> PretrainSettings:
     """Return the settings of a YAML file with some of them replaced.
 
     Args:
-        config: path of the file, or the name of one that is shipped: tiny, base, large, adapt
-            or throughput.
+        config: path of the file, or the name of one that is shipped: tiny, mini, base, large,
+            adapt or throughput.
         overrides: each as optimizer.lr=1e-4 or phases.0.steps=100, with YAML for the value; a later
             one wins.
 

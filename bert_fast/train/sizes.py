@@ -19,9 +19,9 @@ def sizes(settings: PretrainSettings, vocab_size: int) -> list[str]:
         vocab_size: of its corpus.
 
     Raises:
-        ValueError, OSError, ImportError: as `ModelSettings.bert_config`.
+        ValueError, OSError, ImportError: as `PretrainSettings.bert_config`.
     """
-    config = settings.model.bert_config(vocab_size)
+    config = settings.bert_config(vocab_size)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in BertForPreTraining(config).parameters())
     words, state = vocab_size * config.hidden_size, _BYTES_OF_STATE * parameters / 1e9
