@@ -56,7 +56,7 @@ def test_resume_is_a_text(value, runs, capfd):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["tiney"], 1, "tiney: want a file, or one of tiny, base, large, adapt, throughput (did"),
+        (["tiney"], 1, "tiney: want a file, or one of tiny, mini, base, large, adapt, thro"),
         (["tiny", "seed"], 1, "tiny: 'seed': want name=value, as optimizer.lr=1e-4"),
         (["tiny", "sed=1"], 1, "tiny: sed: want the name of a setting (did you mean seed?)"),
         (["tiny", "seed=x", "compile=1"], 1, "compile: want true or false, got 1"),

@@ -15,7 +15,7 @@ def pretrain(
         str,
         typer.Argument(
             metavar="CONFIG",
-            help="A YAML file, or a shipped one: tiny, base, large, adapt, throughput.",
+            help="A YAML file, or a shipped one: tiny, mini, base, large, adapt, throughput.",
         ),
     ],
     settings: Annotated[

@@ -14,7 +14,7 @@ import yaml
 
 from bert_fast.train.rules import hint
 
-SHIPPED = ("tiny", "base", "large", "adapt", "throughput")
+SHIPPED = ("tiny", "mini", "base", "large", "adapt", "throughput")
 MAX_BYTES = 100_000
 _SCALARS = (  # tag, what it looks like, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
