@@ -228,7 +228,7 @@ def test_it_learns(learned):
 
 
 def test_the_checkpoint_opens_in_transformers(learned):
-    """With the logits of ours, and its tokenizer."""
+    """With the logits of ours, and its tokenizer, which cuts to what the model takes."""
     path = checkpoints(Path(learned.output))[-1]
     theirs, loading = transformers.BertForPreTraining.from_pretrained(
         path, attn_implementation="eager", output_loading_info=True
@@ -236,6 +236,7 @@ def test_the_checkpoint_opens_in_transformers(learned):
     assert not any(loading.values()), loading
     ours = bert_fast.BertForPreTraining.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer("ba " * 50, truncation=True)["input_ids"]) == 32
     batch = tokenizer(["ba be bi [MASK] bu", "ka ke"], ["bo bu by", "di"], padding=True)
     inputs = {name: torch.tensor(value) for name, value in batch.items()}
     assert inputs["input_ids"][0, 4] == VOCABULARY.index("[MASK]")

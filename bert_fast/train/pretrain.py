@@ -91,6 +91,9 @@ class _Run:
         self.settings, self.ranks, self.output = settings, ranks, Path(settings.output)
         self.texts = Texts(settings, verify=ranks.rank == 0)
         self.config = settings.bert_config(self.texts.vocab_size, self.texts.pad_token_id)
+        if (tokenizer := self.texts.tokenizer) is not None:  # it goes beside the model
+            most = self.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
         self.trained = build(settings, build_model(settings, self.config, self.texts), ranks)
         self.scaler = None
         if settings.precision == "fp16":
