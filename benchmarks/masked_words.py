@@ -1,8 +1,10 @@
 """What a small masked-LM knows: hidden words of a text, and whether its vectors see likeness.
 
     python benchmarks/masked_words.py MODEL --texts FILE [--most 2000] [--sts sts-dev.csv]
+    python benchmarks/masked_words.py MODEL --texts CORPUS
 
-Of each sentence of the text one word that is a token of its own is hidden; counted is how often it
+The second one takes the documents that a corpus of `bert-fast data prepare` holds out. Of each
+sentence one word that is a token of its own is hidden; counted is how often it
 is the likeliest word, or among the five likeliest, beside always guessing the five most frequent
 tokens of the text. For STS-B's dev or test file: Spearman's correlation of people's scores with the
 cosines of mean vectors, and with the share of common words.
@@ -22,15 +24,32 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from bert_fast import BertTokenizer, Encoder
+from bert_fast.data.inspect import first_documents
 from bert_fast.data.sentences import split_sentences
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
+def sentences_of(path: Path, tokenizer: BertTokenizer) -> list[str]:
+    """Return the sentences of a text, of one in a .gz, or of a corpus's held-out documents."""
+    if path.is_dir():
+        everything = 1 << 62
+        documents = first_documents(
+            path, tokenizer, everything, split="held_out", sentences=everything
+        )
+        return [sentence for document in documents for sentence in document]
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return [s for line in file for s in split_sentences(line.strip())]
+
+
 def hidden_words(
-    sentences: Sequence[str], tokenizer: BertTokenizer, seed: int
+    sentences: Sequence[str], tokenizer: BertTokenizer, seed: int, most: int
 ) -> list[tuple[str, str]]:
-    """Return (sentence with [MASK], the word as a token) for each sentence that has such a word."""
+    """Return (sentence with [MASK], the word as a token) for each sentence that has such a word.
+
+    Sentences of more than `most` tokens are left out.
+    """
     chance, found = random.Random(seed), []
     vocabulary = tokenizer.get_vocab()
     for sentence in sentences:
@@ -38,7 +57,8 @@ def hidden_words(
         if len(words) > 4:
             word = chance.choice(words)
             hidden = f"{sentence[: word.start()]}{tokenizer.mask_token}{sentence[word.end() :]}"
-            found.append((hidden, _token(word[0], tokenizer)))
+            if len(tokenizer(hidden)["input_ids"]) <= most:
+                found.append((hidden, _token(word[0], tokenizer)))
     return found
 
 
@@ -55,6 +75,12 @@ def guessed(encoder: Encoder, hidden: Sequence[tuple[str, str]]) -> tuple[float,
         first += tokens[0] == word
         among += word in tokens
     return first / len(hidden), among / len(hidden)
+
+
+def most_frequent(hidden: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Return how often the most frequent of the hidden words is right, and the five of them."""
+    counts = [count for _, count in Counter(word for _, word in hidden).most_common(5)]
+    return counts[0] / len(hidden), sum(counts) / len(hidden)
 
 
 def likeness(encoder: Encoder, path: Path) -> tuple[float, float]:
@@ -78,18 +104,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sts", type=Path)
     args = parser.parse_args()
-    encoder = Encoder.from_pretrained(args.model)
-    opened = gzip.open if args.texts.suffix == ".gz" else open
-    with opened(args.texts, "rt", encoding="utf-8") as file:
-        sentences = [s for line in file for s in split_sentences(line.strip())]
+    encoder = Encoder.from_pretrained(args.model, dtype="float32")
+    sentences = sentences_of(args.texts, encoder.tokenizer)
     random.Random(args.seed).shuffle(sentences)
-    hidden = hidden_words(sentences[: args.most], encoder.tokenizer, args.seed)
-    usual = [word for word, _ in Counter(word for _, word in hidden).most_common(5)]
+    longest = encoder.model.config.max_position_embeddings
+    hidden = hidden_words(sentences[: args.most], encoder.tokenizer, args.seed, longest)
     table = Table("", "likeliest", "among five", title=f"{len(hidden):,} hidden words")
     first, among = guessed(encoder, hidden)
     table.add_row("the model", f"{first:.1%}", f"{among:.1%}")
-    shares = [sum(word in usual[:k] for _, word in hidden) / len(hidden) for k in (1, 5)]
-    table.add_row("the most frequent", *(f"{share:.1%}" for share in shares))
+    table.add_row("the most frequent", *(f"{share:.1%}" for share in most_frequent(hidden)))
     console = Console(width=100)
     console.print(table)
     if args.sts is not None:

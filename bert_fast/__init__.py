@@ -18,11 +18,13 @@ from bert_fast.ops.kept import forget as forget_weights
 from bert_fast.ops.products import cpu_library, set_cpu_library
 from bert_fast.pretrained import BertPreTrainedModel
 from bert_fast.report import report
+from bert_fast.shipped import ENGLISH_MINI
 from bert_fast.tokenizer import BertTokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ENGLISH_MINI",
     "BertConfig",
     "BertForMaskedLM",
     "BertForMultipleChoice",

@@ -12,7 +12,7 @@ LAYERS = (  # a module imports only what stands above its own line; a package al
     ("accuracy", "batch_encoding", "extension", "files", "progress", "reference_dropout"),
     ("config", "names", "outputs", "tensor_bundle", "tokenizer", "data"),
     ("kernels", "reference", "reference_model", "reference_optimizer", "weights"),
-    ("checkpoint",),
+    ("checkpoint", "shipped"),
     ("ops",),
     ("packing",),
     ("functional",),

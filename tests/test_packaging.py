@@ -85,7 +85,7 @@ def test_wheel_has_the_packages_and_no_other(wheel):
     assert {n.partition("/")[0] for n in names} == {"bert_fast", info}
     sources = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "train/configs/*.yaml")
+        for pattern in ("*.py", "train/configs/*.yaml", "english_mini/*")
         for path in (ROOT / "bert_fast").rglob(pattern)
     }
     sources |= {f"bert_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}

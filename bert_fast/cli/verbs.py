@@ -211,14 +211,19 @@ def encode(
 @app.command(
     "fill-mask",
     epilog=example(
+        'bert-fast fill-mask "He was born in the [MASK] of London."',
         'bert-fast fill-mask model "Paris is the [MASK] of France."',
-        'echo "The [MASK] is blue." | bert-fast fill-mask model - --top-k 3 --json',
+        'echo "The [MASK] is blue." | bert-fast fill-mask - --top-k 3 --json',
     ),
 )
 def fill_mask(
-    model: Model,
-    text: Annotated[
-        str, typer.Argument(metavar="TEXT", help="With [MASK]; - reads a text a line from stdin.")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] TEXT",
+            help="Directory of a model, or its id on the hub; without it the small English one that"
+            " comes along. A text with [MASK]; - reads a text a line from stdin.",
+        ),
     ],
     top_k: Annotated[int, typer.Option(min=1, metavar="K", help="How many tokens to show.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a text.")] = False,
@@ -226,7 +231,15 @@ def fill_mask(
     debug: Debug = False,
 ) -> None:
     """Print the likeliest tokens where a text has [MASK]."""
-    encoder = _encoder(model, device)
+    from bert_fast.shipped import ENGLISH_MINI
+
+    *model, text = words
+    if len(model) > 1:
+        raise typer.BadParameter(f"want [MODEL] TEXT, got {len(words)} arguments")
+    if model:
+        encoder = _encoder(model[0], device)
+    else:  # its 16 bits are for being small, not for computing
+        encoder = _encoder(ENGLISH_MINI, device, dtype="float32")
     for line in _texts(text):
         found = encoder.fill_mask(line, top_k=top_k)
         if json:
@@ -361,7 +374,7 @@ app.command(epilog=example("bert-fast plot runs/throughput -o curves.png"))(plot
 # --- what the verbs share ------------------------------------------------------------------------
 
 
-def _encoder(model: str, device: str | None, **options: Any) -> Any:
+def _encoder(model: str | Path, device: str | None, **options: Any) -> Any:
     from bert_fast.encode.encoder import Encoder
 
     return Encoder.from_pretrained(model, device=device, **options)

@@ -18,7 +18,8 @@ from bert_fast.tokenizer import BertTokenizer
 from bert_fast.train.distributed import Ranks, ShardedAdamW, wrap
 from bert_fast.train.objective import PreTrainingObjective
 from bert_fast.train.optim import LAMB, AdamW, decay_groups
-from bert_fast.train.settings import Phase, PretrainSettings
+from bert_fast.train.sections import Phase
+from bert_fast.train.settings import PretrainSettings
 from bert_fast.train.state import TrainingState, restore
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

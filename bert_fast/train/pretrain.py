@@ -22,7 +22,8 @@ from bert_fast.train.distributed import Ranks, settle
 from bert_fast.train.flops import formula, peak
 from bert_fast.train.metrics import Log, Meter, peak_memory
 from bert_fast.train.plot import plot
-from bert_fast.train.settings import Phase, PretrainSettings
+from bert_fast.train.sections import Phase
+from bert_fast.train.settings import PretrainSettings
 from bert_fast.train.state import capture, restore
 from bert_fast.train.step import NonFiniteError, Stepper, evaluate, first_nonfinite
 

@@ -4,7 +4,8 @@ import torch
 
 from bert_fast.heads import BertForPreTraining
 from bert_fast.train.flops import formula, training_flops
-from bert_fast.train.settings import Phase, PretrainSettings
+from bert_fast.train.sections import Phase
+from bert_fast.train.settings import PretrainSettings
 
 # Of a parameter, with AdamW or LAMB: weight, gradient and two moments in fp32; in 16 bits weight
 # and gradient, with an fp32 master and two moments.
