@@ -256,8 +256,14 @@ def test_adaptation_begins_where_a_checkpoint_is(learned, memory, output):
         phases=[{"steps": 12, "max_length": 32, "tokens": 512}],
         model={"init": str(source)},
         optimizer__lr=1e-4,
+        evaluate={"every": 6, "batches": 4},
     )
     assert run(given) == 0
+    start, *later = told(given, "evaluation")
+    before = told(learned, "evaluation")[-1]
+    assert (start["step"], [r["step"] for r in later]) == (0, [6, 12])
+    for name in ("mlm_loss", "nsp_loss"):
+        assert start[name] == pytest.approx(before[name], rel=1e-5)
     ended = told(learned, "train")[-1]["loss"]
     assert abs(records(output)[0]["loss"] - ended) < 0.5
     assert json.loads((checkpoints(output)[-1] / "config.json").read_text())["hidden_size"] == 64

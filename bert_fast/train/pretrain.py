@@ -151,6 +151,9 @@ class _Run:
         if self.position.batch >= batches.count(self.position.epoch):  # it had smaller ones
             self.position = Position(self.position.epoch + 1, 0)
         held_out = self._held_out(phase)
+        if self.step == 0 and settings.model.init is not None:  # what it knows already
+            with self.meter.paused():
+                self._evaluate(held_out)
         made = steps(
             batches,
             self.position,

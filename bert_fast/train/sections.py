@@ -226,7 +226,7 @@ class SaveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """When the model is tried on the documents that were held out.
+    """When the model is tried on the documents that were held out; one of `init` at the start, too.
 
     Attributes:
         every: steps between evaluations; None: there is none.
