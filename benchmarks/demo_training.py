@@ -44,7 +44,7 @@ def train(steps: int, out: Path) -> tuple[int, Path]:
         [
             f"data.corpus={corpus}",
             f"output={run}",
-            f"phases=[{{steps: {steps}, max_length: 64, tokens: 2048}}]",
+            f"phases=[{{steps: {steps}, max_length: 32, tokens: 2048}}]",
             f"evaluate={{every: {max(steps // 8, 1)}, batches: 8}}",
             "save.every=null",
         ],
