@@ -4,10 +4,10 @@
     python benchmarks/masked_words.py MODEL --texts CORPUS
 
 The second one takes the documents that a corpus of `bert-fast data prepare` holds out. Of each
-sentence one word that is a token of its own is hidden; counted is how often it
-is the likeliest word, or among the five likeliest, beside always guessing the five most frequent
-tokens of the text. For STS-B's dev or test file: Spearman's correlation of people's scores with the
-cosines of mean vectors, and with the share of common words.
+sentence one word that is a token of its own is hidden; counted is how often it is the likeliest
+word, or among the five likeliest, beside always guessing the most frequent of the hidden words. For
+STS-B's dev or test file: Spearman's correlation of people's scores with the cosines of mean
+vectors, and with the share of common words.
 """
 
 import argparse

@@ -85,13 +85,13 @@ def vocab(
     The same texts give the same vocabulary. The files are read several times, never as a whole.
     """
     from bert_fast.data.documents import Documents
-    from bert_fast.data.readers import total_size
+    from bert_fast.data.readers import STDIN, total_size
     from bert_fast.progress import Progress
     from bert_fast.tokenizer import BertTokenizer
 
     for name in inputs:
-        if name == "-" or (os.path.exists(name) and not os.path.isfile(name)):
-            got = "the standard input" if name == "-" else "something else"
+        if name == STDIN or (os.path.exists(name) and not os.path.isfile(name)):
+            got = "the standard input" if name == STDIN else "something else"
             raise ValueError(f"{name}: want a file, which can be read again, got {got}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: want a new or empty directory, got one with files")
