@@ -1,12 +1,12 @@
 """The encoder cases: one forward of a batch, or many texts to embeddings.
 
-    python benchmarks/encoder.py --device cpu [ROW ...]    the CPU's table, or rows such as 1x128
-    python benchmarks/encoder.py --device cuda [CASE ...]  cases 1 to 7 of the targets, or some
+    python benchmarks/encoder.py --device cpu    the CPU's table, and how time grows with length
+    python benchmarks/encoder.py --device cuda   cases 1 to 7 of the targets, and the same
 
-It starts the runs of `run.py`: `cpu`, and `case` for each case.
+It is suite `encoder` of run.py, whose options it takes.
 """
 
-import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,9 +14,12 @@ from typing import Any
 
 import checkout  # noqa: F401
 import peers
+import text_in
 import torch
 import workload
 from gate import Candidate, Case, Outputs, Prepared, Work
+from specs import ENCODER as SPECS
+from specs import Spec
 from torch import Tensor
 from workload import Batch, Texts
 
@@ -29,76 +32,8 @@ from bert_fast.train import flops
 
 _SEED = 1234
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a case is made of.
-
-    Attributes:
-        model: "base" or "large".
-        lengths: of the sequences, from a seed.
-        small: the same for a rehearsal, in which the model is small too.
-        dtype: of weights and arithmetic.
-        on_cpu: the same on a CPU, where 16 bits are for those rows alone that ask for them.
-        texts: they are texts in host memory, to be batched as the candidate likes.
-    """
-
-    model: str
-    lengths: Callable[[int], list[int]]
-    small: Callable[[int], list[int]]
-    dtype: torch.dtype = torch.bfloat16
-    on_cpu: torch.dtype = torch.float32
-    texts: bool = False
-
-
-def _full(n: int, length: int) -> Callable[[int], list[int]]:
-    return lambda seed: [length] * n
-
-
-def _normal(n: int, mean: float, spread: float, low: int, high: int) -> Callable[[int], list[int]]:
-    return lambda seed: workload.normal_lengths(n, mean, spread, low, high, seed)
-
-
-def _share(n: int, high: int, fill: float) -> Callable[[int], list[int]]:
-    """Lengths from 2 to high whose mean is `fill` of high, one of them high."""
-
-    def lengths(seed: int) -> list[int]:
-        drawn = workload.normal_lengths(n - 1, fill * high, fill * high / 2, 2, high, seed)
-        missing = round(fill * high * n) - high - sum(drawn)
-        i = 0
-        while missing:  # one token at a time, so that the fill is the same for every seed
-            step = 1 if missing > 0 else -1
-            if 2 <= drawn[i % (n - 1)] + step <= high:
-                drawn[i % (n - 1)] += step
-                missing -= step
-            i += 1
-        return [high, *drawn]
-
-    return lengths
-
-
+_SMALL |= {"intermediate_size": 128}
 FP32, BF16 = torch.float32, torch.bfloat16
-SPECS = {
-    "case 1": Spec("base", _full(1, 128), _full(1, 16)),
-    "case 2 s128": Spec("large", _full(1, 128), _full(1, 16)),
-    "case 2 s384": Spec("large", _full(1, 384), _full(1, 24)),
-    "case 3": Spec("base", _full(128, 128), _full(4, 16)),
-    "case 4": Spec("large", _full(128, 384), _full(4, 24)),
-    "case 5": Spec("base", _normal(8192, 256, 64, 16, 512), _normal(24, 16, 6, 2, 32), texts=True),
-    "case 6": Spec("large", _normal(4096, 177, 50, 40, 384), _normal(24, 12, 5, 2, 24), texts=True),
-    "case 7 s64": Spec("base", _share(16, 64, 0.6), _share(4, 16, 0.6)),
-    "case 7": Spec("base", _share(16, 512, 0.6), _share(4, 32, 0.6)),
-    "case 7 s1024": Spec("base", _share(16, 1024, 0.6), _share(4, 32, 0.6)),
-    "cpu 1x128": Spec("base", _full(1, 128), _full(1, 16)),
-    "cpu 8x128": Spec("base", _full(8, 128), _full(2, 16)),
-    "cpu 2x512": Spec("base", _full(2, 512), _full(2, 32)),
-    "cpu 16x128 33%": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4)),
-    "cpu 8x512 46%": Spec("base", _share(8, 512, 0.46), _share(4, 32, 0.5)),
-    "cpu 8x128 bf16": Spec("base", _full(8, 128), _full(2, 16), on_cpu=BF16),
-    "cpu 16x128 33% bf16": Spec("base", _share(16, 128, 0.33), _share(4, 32, 0.4), on_cpu=BF16),
-}
-
 
 # Norm of a bf16 forward's error over the truth's, for one step of rounding: embeddings and layers
 # add like random steps. transformers' bf16 on a CPU has 0.014 for 12 layers (torch 2.13), of 0.017.
@@ -112,6 +47,16 @@ CPU_PEERS = (
     "transformers sdpa compile default",
     "onnxruntime plain",
     "onnxruntime",
+    "nn.TransformerEncoder",
+    "sentence-transformers",
+)
+# Whom the cases that show a trend compare with: of each kind the one that needs no compiling.
+FEW_PEERS = (
+    "transformers sdpa",
+    "onnxruntime plain",
+    "nn.TransformerEncoder",
+    "varlen_attn",
+    "sentence-transformers",
 )
 
 
@@ -119,7 +64,7 @@ def config_of(model: str, longest: int, small: bool, **fields: Any) -> BertConfi
     """Return the model's configuration; positions for sequences of that length."""
     positions = max(512, longest)
     if small:
-        fields |= _SMALL | {"intermediate_size": 128, "vocab_size": 500}
+        fields |= {"vocab_size": workload.SMALL_VOCAB} | _SMALL
     return BertConfig.named(model, max_position_embeddings=positions, **fields)
 
 
@@ -146,18 +91,26 @@ class Parts:
     candidates: list[Candidate]
 
 
+def dtype_of(spec: Spec, device: torch.device) -> torch.dtype:
+    """Return what a case computes in: bf16 on a GPU, on a CPU only where it asks for that."""
+    return BF16 if device.type == "cuda" or spec.dtype == "bf16" else FP32
+
+
 def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:
     """Return the parts of an encoder case; the arguments are those of `case`."""
     spec = SPECS[name]
-    draw = spec.small if small else spec.lengths
-    lengths = [draw(_SEED + i) for i in range(2)]
-    longest = max(map(max, lengths))
+    lengths = (spec.small if small else spec.lengths).orders(_SEED, 2)
+    longest = max(lengths[0])
     config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
-    dtype = spec.dtype if device.type == "cuda" else spec.on_cpu
+    dtype = dtype_of(spec, device)
     what = state, config, device, dtype
-    if spec.texts:
+    if spec.kind == "texts":
+        inputs = [text_in.texts(n, _SEED + i) for i, n in enumerate(lengths)]
+        ours, theirs = partial(text_in.ours, *what), text_in.text_peers(*what)
+    elif spec.kind == "ids":
         pin = device.type == "cuda"
-        inputs = [workload.texts(config, n, _SEED + i, pin) for i, n in enumerate(lengths)]
+        vocab = config.vocab_size
+        inputs = [workload.texts(vocab, n, _SEED + i, pin) for i, n in enumerate(lengths)]
         ours, theirs = partial(_our_texts, *what), peers.text_peers(*what, full=full)
     else:
         inputs = [workload.batch(config, n, device, _SEED + i) for i, n in enumerate(lengths)]
@@ -176,19 +129,24 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    parts = parts_of(name, device, small, full)
+    parts, spec = parts_of(name, device, small, full), SPECS[name]
     dtype, config, state = parts.dtype, parts.config, parts.state
-    lengths = [one.lengths for one in parts.inputs]
+    lengths = parts.inputs[0].lengths  # the others have the same in another order
     # batching texts is the candidate's own business: nothing is padded yet
-    slots = 0 if SPECS[name].texts else parts.inputs[0].input_ids.numel()
-    tokens = sum(map(sum, lengths)) // len(lengths)
-    operations = sum(forward_flops(config, n) for n in lengths) // len(lengths)
+    slots = parts.inputs[0].input_ids.numel() if spec.kind == "batch" else 0
     baseline_name, baseline = peers.baseline_encoder(state, config, device, dtype)
     exact = torch.float64 if device.type == "cpu" else FP32
     limit = {}
     if device.type == "cpu" and dtype == BF16:
         limit["limit"] = _LIMIT_OF_A_STEP * (config.num_hidden_layers + 1) ** 0.5
-    facts = {"model": SPECS[name].model, "seed": _SEED, "longest": parts.longest, "small": small}
+    facts = {
+        "model": spec.model,
+        "seed": _SEED,
+        "lengths": str(spec.small if small else spec.lengths),
+        "input": spec.kind,
+        "longest": parts.longest,
+        "small": small,
+    }
     return Case(
         name=name,
         device=device,
@@ -197,7 +155,7 @@ def case(
         truth=_on_sample(truth_of(state, config, device, exact), device),
         baseline=_on_sample(baseline, device),
         baseline_name=baseline_name,
-        work=Work(tokens, slots, len(lengths[0]), flops=operations),
+        work=Work(sum(lengths), slots, len(lengths), flops=forward_flops(config, lengths)),
         facts=facts | limit,
         **limit,
     ), parts.candidates
@@ -243,17 +201,6 @@ def _on_sample(
 # --- this project --------------------------------------------------------------------------------
 
 
-def _our_model(
-    state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[bert_fast.BertModel, dict[str, Any]]:
-    """Return the model and what its row should say of it."""
-    model = bert_fast.BertModel(config, add_pooling_layer=False)
-    encoder = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
-    model.load_state_dict({n: t for n, t in encoder.items() if not n.startswith("pooler.")})
-    model = model.to(device, dtype).eval()
-    return model, our_notes(model)
-
-
 def our_notes(model: torch.nn.Module) -> dict[str, Any]:
     """Return what the row of our model should say of it: what serves each op, and on a CPU how."""
     notes = {"ops": {entry.op: entry.implementation for entry in bert_fast.report(model).ops}}
@@ -270,7 +217,8 @@ def our_encoder(
     state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
     """Return this project's encoder for padded batches."""
-    model, notes = _our_model(state, config, device, dtype)
+    model = text_in.model(state, config, device, dtype)
+    notes = our_notes(model)
 
     def run(batch: Batch) -> Tensor:
         with torch.inference_mode():
@@ -287,7 +235,8 @@ def _our_texts(
     budget: int = 32768,
 ) -> Prepared:
     """Texts in their own order, packed up to `budget` tokens; lengths never leave the host."""
-    model, notes = _our_model(state, config, device, dtype)
+    model = text_in.model(state, config, device, dtype)
+    notes = our_notes(model)
 
     def run(texts: Texts) -> Tensor:
         out = []
@@ -316,22 +265,7 @@ def _our_texts(
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Start the runs of these cases; return 1 if one of them found a wrong answer of ours."""
-    from run import main as run
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--out", help="where the files go")
-    parser.add_argument("what", nargs="*", metavar="ROW", help="rows, or numbers of cases")
-    args = parser.parse_args(argv)
-    out = [] if args.out is None else ["--out", args.out]
-    if args.device == "cpu":
-        return run(["cpu", *args.what, *out])
-    return max(run(["case", number, *out]) for number in args.what or "1234567")
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from run import main
+
+    raise SystemExit(main(["encoder", *sys.argv[1:]]))

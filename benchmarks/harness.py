@@ -22,7 +22,7 @@ import machine
 import torch
 from gate import AbsentError, Candidate, Case, Gate, Prepared, RefusedError
 from record import FINAL, Run, clean
-from timing import Samples, Stopwatch, spread
+from timing import Pulse, Samples, Stopwatch, spread
 
 
 class DeviceLostError(RuntimeError):
@@ -290,10 +290,14 @@ def _rounds(
         Whether the deadline cut the rounds short.
     """
     watch = Stopwatch(case.device, case.flush)
+    pulse = Pulse(case.device, run.data["rehearsal"])
     start = saved = time.monotonic()
     # on a GPU a round without times first: making the others ready emptied the allocator's cache
     for i in range(-1 if case.device.type == "cuda" else 0, rounds):
         inputs = case.inputs[i % len(case.inputs)]
+        if i >= 0:
+            pulse.beat()
+            run.data["cases"][case.name]["pulse"] = pulse.found()
         for entry in order.sample(entries, len(entries)):
             now = time.monotonic()
             if deadline is not None and now > deadline:

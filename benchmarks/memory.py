@@ -26,8 +26,8 @@ from typing import Any
 
 import checkout  # noqa: F401
 import encoder
-import pretraining
 import stock_bert
+import suites
 import torch
 from gate import AbsentError, Prepared
 
@@ -40,7 +40,7 @@ def of(case: str, candidate: str, small: bool, seconds: float) -> dict[str, int]
     """Return what this file prints for a candidate.
 
     Args:
-        case: in SPECS of encoder.py or pretraining.py.
+        case: of the encoder or of pre-training.
         candidate: its name in the full list.
         small: the rehearsal's sizes.
         seconds: for the process.
@@ -59,6 +59,12 @@ def of(case: str, candidate: str, small: bool, seconds: float) -> dict[str, int]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def is_of(case: str) -> bool:
+    """Return whether a case's memory is measured: not of ops, nor where only a trend is shown."""
+    module = suites.MODULES.get(suites.family_of(case))
+    return module is not None and not module.SPECS[case].few
+
+
 def _resident(name: str) -> int:
     """Return VmRSS, what is resident, or VmHWM, the most since the last reset, in bytes."""
     return int(re.search(rf"^{name}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1]) * 1024
@@ -74,7 +80,7 @@ def _give_back() -> None:
 
 def alone(case: str, candidate: str, small: bool) -> tuple[Prepared, Any]:
     """Return one candidate of a case, ready, and its first inputs; nothing else stays in memory."""
-    module = encoder if case in encoder.SPECS else pretraining
+    module = suites.MODULES[suites.family_of(case)]
     parts = module.parts_of(case, torch.device("cpu"), small, full=True)
     prepared = next(c for c in parts.candidates if c.name == candidate).prepare()
     encoder.state_of.cache_clear()

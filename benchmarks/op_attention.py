@@ -1,21 +1,23 @@
-"""The rows for attention and its work list: packed rows beside padded batches."""
+"""The rows for attention, packed rows beside padded batches: equal lengths and mixed ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import lengths as distributions
 import torch
 import torch.nn.functional as F  # noqa: N812
 from gate import Case, Work
-from op_rows import SITE, Answers, Draw, Inputs, Peer, Row
+from op_inputs import Answers, Draw, Inputs, Model, sizes
+from op_peers import Peer
+from op_rows import SITE, Row, both
 from torch import Tensor
-from workload import normal_lengths
 
 from bert_fast.ops import work_list
-from bert_fast.ops.work_list import TILE
 
-SPREAD = normal_lengths(64, 256, 64, 16, 512, seed=1)  # mean and spread 256 and 64, 16 at least
+_TOKENS, _ON_CPU = 16384, 1024
+_DRAWN = 1  # seed of the lengths
 
 
 def _borders(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -142,90 +144,64 @@ def _peers(*leaves: str) -> dict[str, Peer]:
     }
 
 
-# --- the work list -------------------------------------------------------------------------------
-
-
-def _list_make(draw: Draw, lengths: Sequence[int]) -> dict[str, Any]:
-    mixed = [lengths[i] for i in draw.order(len(lengths))]
-    return {"cu_seqlens": _borders(mixed, draw.device), "lengths": tuple(mixed)}
-
-
-def _list_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
-    return (ops.work_list(v["cu_seqlens"], sum(v["lengths"]), TILE),)
-
-
-def _list_work(e: int, p: float, lengths: Sequence[int]) -> Work:
-    T, B = sum(lengths), len(lengths)
-    return Work(tokens=T, slots=T, sequences=B, bytes=4 * (B + 1) + 16 * (2 + T // TILE + B))
-
-
-def _list_torch(v: Inputs, p: float) -> Answers:
-    starts, lengths = v["cu_seqlens"][:-1], v["cu_seqlens"].diff()
-    order = lengths.sort(descending=True, stable=True).indices
-    tiles = (lengths[order] + TILE - 1).div(TILE, rounding_mode="floor")
-    before = tiles.cumsum(0) - tiles
-    b, first = order.repeat_interleave(tiles), before.repeat_interleave(tiles)
-    offsets = (torch.arange(len(b), device=b.device) - first) * TILE
-    entries = torch.stack((b, starts[b], lengths[b], offsets), 1)
-    found = entries.new_zeros(2 + sum(v["lengths"]) // TILE + len(lengths), 4)
-    found[0, :3] = torch.stack((tiles.sum(), tiles.sum(), tiles[lengths[order] > TILE].sum()))
-    found[1 : 1 + len(b)] = entries
-    return (found.int(),)
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 _ODD = {"lengths": (3, 0, 17, 1, 40), "H": 3, "K": 32}
 
 
-def _sizes(full: Sequence[int], small: Sequence[int]) -> Mapping[str, Mapping[str, Any]]:
-    return {
-        "full": {"lengths": tuple(full), "H": 16, "K": 64},
-        "small": {"lengths": tuple(small), "H": 2, "K": 64},
-        "odd": _ODD,
-    }
+def _of(model: Model, lengths: Sequence[int]) -> dict[str, Any]:
+    return {"lengths": tuple(lengths), "H": model.H, "K": model.K}
 
 
-_S128 = _sizes([128] * 128, [128] * 2)
-_S256 = _sizes([256] * 64, [256])
-_S512 = _sizes([512] * 32, [512])
-_MIXED = _sizes(SPREAD, normal_lengths(4, 64, 32, 1, 128, seed=1))
+def _equal(length: int, on_cpu: int = _ON_CPU) -> Mapping[str, Mapping[str, Any]]:
+    full, few = ([length] * (tokens // length) for tokens in (_TOKENS, on_cpu))
+    small = {"lengths": (length,) * max(1, 256 // length), "H": 2, "K": 64}
+    return sizes(_of, full, few, small=small, odd=_ODD)
 
 
-def _forward(sizes: Mapping[str, Mapping[str, Any]], p: float = 0.0) -> Row:
+def _mixed(name: str) -> Mapping[str, Mapping[str, Any]]:
+    full, few = (distributions.up_to(name, n, _DRAWN) for n in (_TOKENS, _ON_CPU))
+    small = distributions.draw(name, 4, _DRAWN, longest=128)
+    return sizes(_of, full, few, small={"lengths": tuple(small), "H": 2, "K": 64}, odd=_ODD)
+
+
+_S128, _S256, _S512 = (_equal(length) for length in (128, 256, 512))
+_S512_DROPOUT = _equal(512, on_cpu=512)  # the reference draws a factor for each score
+_MIXED = {name: _mixed(name) for name in ("glue", "squad", "wikipedia", "lognormal", "normal")}
+
+
+def _forward(sizes: Mapping[str, Mapping[str, Any]], lengths: str = "full", p: float = 0.0) -> Row:
     outputs = ("o", "lse")
     row = Row("attention", sizes, _make, _call, outputs, _work, _peers(), only_ours=("lse",))
-    return replace(row, p=p)
+    return replace(row, p=p, lengths=lengths)
 
 
-def _backward(sizes: Mapping[str, Mapping[str, Any]], p: float = 0.0) -> Row:
+def _backward(sizes: Mapping[str, Mapping[str, Any]], lengths: str = "full", p: float = 0.0) -> Row:
     peers = _peers("qkv")
     row = Row("attention_bwd", sizes, _make, _bwd_call, ("dqkv",), _bwd_work, peers, save=_save)
-    return replace(row, p=p)
+    return replace(row, p=p, lengths=lengths, direction="backward")
+
+
+def _both(sizes: Mapping[str, Mapping[str, Any]], lengths: str = "full", p: float = 0.0) -> Row:
+    return both(_forward(sizes, lengths, p), _backward(sizes, lengths, p))
+
+
+def _title(lengths: str) -> str:
+    return "attention mixed" if lengths == "normal" else f"attention {lengths}"
 
 
 ROWS = {
     "attention s128": _forward(_S128),
     "attention s256": _forward(_S256),
     "attention s512": _forward(_S512),
-    "attention mixed": _forward(_MIXED),
+    **{_title(name): _forward(sizes, name) for name, sizes in _MIXED.items()},
     "attention s128 dropout": _forward(_S128, p=0.1),
-    "attention s512 dropout": _forward(_S512, p=0.1),
+    "attention s512 dropout": _forward(_S512_DROPOUT, p=0.1),
     "attention_bwd s128": _backward(_S128),
     "attention_bwd s512": _backward(_S512),
-    "attention_bwd s512 dropout": _backward(_S512, p=0.1),
-    "work_list": Row(
-        "work_list",
-        {
-            "full": {"lengths": SPREAD},
-            "small": {"lengths": (3, 130, 40)},
-            "odd": {"lengths": (3, 0, 300, 1, 128, 129)},
-        },
-        _list_make,
-        _list_call,
-        ("entries",),
-        _list_work,
-        {"torch": Peer(_list_torch)},
-        exact=True,
-    ),
+    "attention_bwd s512 dropout": _backward(_S512_DROPOUT, p=0.1),
+    "attention s128 fwd+bwd": _both(_S128),
+    "attention s512 fwd+bwd": _both(_S512),
+    "attention s512 dropout fwd+bwd": _both(_S512_DROPOUT, p=0.1),
+    **{f"{_title(name)} fwd+bwd": _both(sizes, name) for name, sizes in _MIXED.items()},
 }

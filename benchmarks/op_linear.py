@@ -5,16 +5,21 @@ from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from gate import Work
-from op_rows import Answers, Draw, Inputs, Peer, Row
+from op_inputs import Answers, Draw, Inputs, sizes
+from op_peers import Peer, compiled
+from op_rows import Row, both
 from torch import Tensor
 
 from bert_fast import batch_invariant
 
-_LINEAR_SIZES = {
-    "full": {"T": 16384, "D": 768, "F": 3072},
-    "small": {"T": 128, "D": 96, "F": 384},
-    "odd": {"T": 67, "D": 101, "F": 37},
-}
+_TOKENS, _ON_CPU = 16384, 1024
+_LINEAR_SIZES = sizes(
+    lambda model, T: {"T": T, "D": model.D, "F": model.F},
+    _TOKENS,
+    _ON_CPU,
+    small={"T": 128, "D": 96, "F": 384},
+    odd={"T": 67, "D": 101, "F": 37},
+)
 _ACTIVATION = "gelu"
 
 
@@ -37,7 +42,12 @@ def _linear_invariant_call(ops: Any, v: Inputs, p: float, saved: None) -> Answer
         return _linear_call(ops, v, p, saved)
 
 
-def _linear_bwd_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+def _linear_save(ops: Any, v: Inputs, p: float) -> Answers:
+    """Run the forward; its backward needs nothing of it."""
+    return _linear_call(ops, v, p, None)
+
+
+def _linear_bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
     return ops.linear_bwd(v["dy"], v["x"], v["w"], [True] * 2)
 
 
@@ -87,6 +97,8 @@ LINEAR_BWD = Row(
     ("dx", "dw"),
     _linear_bwd_work,
     {"torch": Peer(_linear_torch, ("x", "w"))},
+    save=_linear_save,
+    direction="backward",
 )
 LINEAR_GELU = Row(
     "linear_gelu",
@@ -98,11 +110,13 @@ LINEAR_GELU = Row(
     {"torch": Peer(_linear_gelu_torch)},
 )
 
-_ROW_SIZES = {
-    "full": {"T": 16384, "F": 3072},
-    "small": {"T": 128, "F": 384},
-    "odd": {"T": 67, "F": 101},
-}
+_ROW_SIZES = sizes(
+    lambda model, T: {"T": T, "F": model.F},
+    _TOKENS,
+    _ON_CPU,
+    small={"T": 128, "F": 384},
+    odd={"T": 67, "F": 101},
+)
 
 
 def _column_sums_inputs(draw: Draw, T: int, F: int) -> dict[str, Tensor]:
@@ -129,6 +143,7 @@ COLUMN_SUMS = Row(
     ("db",),
     _column_sums_work,
     {"torch": Peer(_column_sums_torch, ("b",))},
+    direction="backward",
 )
 
 
@@ -140,7 +155,12 @@ def _gelu_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
     return (ops.bias_gelu(v["x"], v["b"], _ACTIVATION),)
 
 
-def _gelu_bwd_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+def _gelu_save(ops: Any, v: Inputs, p: float) -> Answers:
+    """Run the forward; its backward needs nothing of it."""
+    return _gelu_call(ops, v, p, None)
+
+
+def _gelu_bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
     return ops.bias_gelu_bwd(v["dy"], v["x"], v["b"], _ACTIVATION)
 
 
@@ -163,7 +183,7 @@ GELU = Row(
     _gelu_call,
     ("y",),
     _gelu_work,
-    {"torch": Peer(_gelu_torch)},
+    {"torch": Peer(_gelu_torch), "torch compile": compiled(Peer(_gelu_torch))},
 )
 GELU_BWD = Row(
     "bias_gelu_bwd",
@@ -173,14 +193,18 @@ GELU_BWD = Row(
     ("dx", "db"),
     _gelu_bwd_work,
     {"torch": Peer(_gelu_torch, ("x", "b"))},
+    save=_gelu_save,
+    direction="backward",
 )
 
 ROWS = {
     "linear": LINEAR,
     "linear invariant": LINEAR_INVARIANT,
     "linear_bwd": LINEAR_BWD,
+    "linear fwd+bwd": both(LINEAR, LINEAR_BWD),
     "column_sums": COLUMN_SUMS,
     "linear_gelu": LINEAR_GELU,
     "bias_gelu": GELU,
     "bias_gelu_bwd": GELU_BWD,
+    "bias_gelu fwd+bwd": both(GELU, GELU_BWD),
 }

@@ -3,19 +3,23 @@
 The same `call` gives the op's answers by bert_fast and by the reference, whose functions have the
 ops' signatures. The truth is the reference on wider inputs, a backward op's forward included; the
 baseline is the reference in the case's own dtype. Neither goes through `torch.ops`.
+
+A backward is timed by itself, its forward kept, or with `both` together with its forward.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from gate import AbsentError, Candidate, Case, Gate, Prepared, Work
+from op_inputs import MODELS, Answers, Draw, Inputs
+from op_peers import Peer
 from torch import Tensor
 
-from bert_fast import ops, reference
+from bert_fast import ops, reference, reference_optimizer
 from bert_fast.accuracy import short
 
 SEED = 20_240_607
@@ -29,93 +33,6 @@ PEER_FACTOR = {torch.float32: Candidate.factor, torch.bfloat16: 16.0, torch.floa
 # By how much of the norm PyTorch's expression may differ from the reference in the same dtype.
 _APART = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-Answers = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """One set of inputs, tensors and numbers by name."""
-
-    values: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def having(self, **values: Any) -> "Inputs":
-        """Return them with some replaced."""
-        return Inputs({**self.values, **values})
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """Return them with the floating ones in `dtype`."""
-        floats = {
-            n: t for n, t in self.values.items() if isinstance(t, Tensor) and t.is_floating_point()
-        }
-        return self.having(**{n: t.to(dtype) for n, t in floats.items()})
-
-    def seed(self, p: float) -> Tensor | None:
-        """Return dropout's seed (1,), None without dropout."""
-        return self["seed"] if p else None
-
-
-class Draw:
-    """Random tensors on a device, in fp32.
-
-    Args:
-        device: where they are drawn: the same seed gives other numbers on another kind of device.
-        seed: of the generator.
-    """
-
-    def __init__(self, device: torch.device, seed: int):
-        self.device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._kind = {"generator": self._generator, "device": device}
-
-    def normal(self, *shape: int, mean: float = 0.5, spread: float = 1.0) -> Tensor:
-        """Return normal numbers whose mean is not 0."""
-        return torch.randn(shape, **self._kind) * spread + mean
-
-    def integers(self, size: int, n: int) -> Tensor:
-        """Return (n,) int64 numbers in 0..size - 1."""
-        return torch.randint(size, (n,), **self._kind)
-
-    def words(self, size: int, n: int) -> Tensor:
-        """Return (n,) int64 ids in 0..size - 1; as in a text, id r has a share ~ 1 / (r + 1)."""
-        u = torch.rand(n, **self._kind)
-        return ((size + 1) ** u).long().clamp(1, size) - 1
-
-    def order(self, n: int) -> list[int]:
-        """Return a permutation of 0..n - 1."""
-        return torch.randperm(n, **self._kind).tolist()
-
-
-def _same(inputs: Inputs) -> Inputs:
-    return inputs
-
-
-def _all(inputs: Inputs, answers: Answers) -> Answers:
-    return answers
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What a user of PyTorch writes for the same result.
-
-    Attributes:
-        expression: gives the answers, or what is to be differentiated, for (inputs, p).
-        leaves: inputs whose gradients are the answers; empty: the expression gives them itself.
-        enter: brings inputs into the layout the peer's users have; not timed.
-        leave: brings answers back from it; not timed.
-        lacks: says what it needs and the case has not; "" if nothing.
-        notes: for its row.
-    """
-
-    expression: Callable[[Inputs, float], Any]
-    leaves: tuple[str, ...] = ()
-    enter: Callable[[Inputs], Inputs] = _same
-    leave: Callable[[Inputs, Answers], Answers] = _all
-    lacks: Callable[[Case, float], str] = lambda case, p: ""
-    notes: Mapping[str, str] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -123,16 +40,21 @@ class Row:
 
     Attributes:
         op: name of the registered op.
-        sizes: keywords of `make` and `work` by the name of the size: "full", "small", "odd".
+        sizes: keywords of `make` and `work` by the name of the size; see `op_inputs.sizes`.
         make: gives the values of one set of inputs for (draw, **sizes), floating ones in fp32.
         call: gives the op's answers for (ops, inputs, p, saved).
         outputs: names of the answers.
         work: gives the work for (bytes of an element, p, **sizes).
         peers: by the candidate's name.
-        save: gives what the forward op leaves to its backward for (ops, inputs, p).
+        save: gives what `call` starts from for (ops, inputs, p): what a backward op is left by its
+            forward, which it must run; copies of what an op changes in place.
         only_ours: outputs that no peer gives: of bert_fast alone they are compared.
         p: probability of dropout.
         exact: the answers are whole numbers, whatever the dtype.
+        direction: "forward", "backward", "both" together, or "step" of an optimizer.
+        lengths: name of the distribution of lengths, where they play a role.
+        baseline: the peer whose answers are the baseline; "": the reference's are.
+        in_place: `call` changes what `save` gives, and that is timed as it goes on.
     """
 
     op: str
@@ -146,15 +68,49 @@ class Row:
     only_ours: tuple[str, ...] = ()
     p: float = 0.0
     exact: bool = False
+    direction: str = "forward"
+    lengths: str = ""
+    baseline: str = ""
+    in_place: bool = False
 
     def answers(self, ops: Any, inputs: Inputs, p: float) -> dict[str, Tensor]:
-        """Return the answers by name, the forward that a backward needs included."""
+        """Return the answers by name, all that `save` does included."""
         return self.named(self.call(ops, inputs, p, self.save(ops, inputs, p)), self.outputs)
 
     def named(self, answers: Answers, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the answers by name, whole numbers as fp64."""
         named = dict(zip(names, answers, strict=True))
         return {n: t.double() if self.exact else t for n, t in named.items()}
+
+
+def both(forward: Row, backward: Row) -> Row:
+    """Return the row of a forward and its backward together, nothing being kept between calls."""
+
+    def work(e: int, p: float, **sizes: Any) -> Work:
+        one, two = forward.work(e, p, **sizes), backward.work(e, p, **sizes)
+        return replace(one, bytes=one.bytes + two.bytes, flops=one.flops + two.flops)
+
+    leaves = backward.peers["torch"].leaves
+    others = {n: replace(peer, leaves=leaves) for n, peer in forward.peers.items()}
+    peers = {**others, **backward.peers}
+    return replace(backward, direction="both", work=work, peers=peers)
+
+
+class _References:
+    """The references of all ops: they stand in two modules."""
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        optimizer = op in ("adamw_", "lamb_", "grad_norm")
+        return getattr(reference_optimizer if optimizer else reference, op)
+
+    @staticmethod
+    def unpad_work(mask: Tensor, tile: int, num_rows: None, max_len: None) -> Answers:
+        """Return what the two ops give one after the other."""
+        rows, cu_seqlens, longest = reference.unpad(mask)
+        return rows, cu_seqlens, reference.work_list(cu_seqlens, rows.shape[0], tile), longest
+
+
+REFERENCES = _References()
 
 
 def _without(answers: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -173,11 +129,12 @@ def build(
     """Return the case of a row and its candidates.
 
     Args:
-        name: of the row; at odd sizes the case's has the dtype too, since all are looked at.
+        name: of the row. The case's has the model too; at odd sizes the dtype, since all are
+            looked at.
         row: its description.
-        device: where it runs.
+        device: where it runs; a CPU has fewer tokens of a model.
         dtype: of what is floating: torch.float32, bfloat16 or float16.
-        size: "full", "small" or "odd".
+        size: "base", "large", "small" or "odd".
 
     Raises:
         ValueError: there is no such size or dtype.
@@ -185,14 +142,16 @@ def build(
     if size not in row.sizes or dtype not in DTYPES:
         want = f"want one of {[*row.sizes]} and one of {[*DTYPES]}"
         raise ValueError(f"{name}: size, dtype: {want}, got {size!r}, {dtype}")
-    device, kind, sizes = torch.device(device), short(dtype), row.sizes[size]
+    device, kind = torch.device(device), short(dtype)
+    fewer = device.type == "cpu" and f"{size} cpu" in row.sizes
+    sizes = row.sizes[f"{size} cpu" if fewer else size]
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     sets = [row.make(Draw(device, SEED + i), **sizes) for i in range(SETS)]
     inputs = [Inputs(values).to(dtype) for values in sets]
 
     @functools.cache
     def truth(v: Inputs, p: float = row.p) -> dict[str, Tensor]:
-        return row.answers(reference, v.to(wider), p)
+        return row.answers(REFERENCES, v.to(wider), p)
 
     def trusted(v: Inputs) -> dict[str, Tensor]:
         wide = v.to(wider)
@@ -202,26 +161,20 @@ def build(
 
     @functools.cache
     def baseline(v: Inputs) -> dict[str, Tensor]:
-        return row.answers(reference, v, row.p)
+        if row.baseline:
+            return _peer(row, case, row.peers[row.baseline], truth, wider).check(v)
+        return row.answers(REFERENCES, v, row.p)
 
-    tensors = {n: t for n, t in inputs[0].values.items() if isinstance(t, Tensor)}
-    facts = {
-        "op": row.op,
-        "sizes": dict(sizes),
-        "inputs": {n: f"{[*t.shape]} {str(t.dtype)[6:]}" for n, t in tensors.items()},
-        "p": row.p,
-        "seed": SEED,
-    }
     case = Case(
-        f"{name}, odd, {kind}" if size == "odd" else name,
+        _case_name(name, size, kind),
         device,
         "fp64" if row.exact else kind,  # the bound that lets no whole number differ
         inputs,
         lambda v: _without(trusted(v), row.only_ours),
         lambda v: _without(baseline(v), row.only_ours),
-        "reference, in whole numbers" if row.exact else f"reference in {kind}",
+        "reference, in whole numbers" if row.exact else f"{row.baseline or 'reference'} in {kind}",
         row.work(dtype.itemsize, row.p, **sizes),
-        facts | ({"dtype": "int64"} if row.exact else {}),
+        _facts(row, size, sizes, inputs[0]),
         flush=True,
     )
     shared = tuple(n for n in row.outputs if n not in row.only_ours)
@@ -235,6 +188,29 @@ def build(
         prepare = functools.partial(_peer, row, case, peer, truth, wider)
         candidates.append(Candidate(peer_name, prepare, PEER_FACTOR[dtype]))
     return case, candidates
+
+
+def _case_name(name: str, size: str, kind: str) -> str:
+    """Return a case's name: with the model, or with the dtype at odd sizes."""
+    if size in MODELS:
+        return f"{name}, {size}"
+    return f"{name}, odd, {kind}" if size == "odd" else name
+
+
+def _facts(row: Row, size: str, sizes: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Return what a stranger needs to make the case again."""
+    tensors = {n: t for n, t in inputs.values.items() if isinstance(t, Tensor)}
+    facts = {
+        "op": row.op,
+        "direction": row.direction,
+        "sizes": dict(sizes),
+        "inputs": {n: f"{[*t.shape]} {str(t.dtype)[6:]}" for n, t in tensors.items()},
+        "p": row.p,
+        "seed": SEED,
+    }
+    facts |= {"model": size} if size in MODELS else {}
+    facts |= {"lengths": row.lengths} if row.lengths and size in MODELS else {}
+    return facts | ({"dtype": "int64"} if row.exact else {})
 
 
 def _agree(
@@ -255,11 +231,16 @@ def _bert_fast(row: Row, case: Case, rest: Case) -> Prepared:
     registered_ops = registered()
     saved = functools.cache(lambda v: row.save(registered_ops, v, row.p))
 
-    def run(v: Inputs) -> Answers:
+    def anew(v: Inputs) -> Answers:
+        return row.call(registered_ops, v, row.p, row.save(registered_ops, v, row.p))
+
+    def kept(v: Inputs) -> Answers:
         return row.call(registered_ops, v, row.p, saved(v))
 
+    run = anew if row.direction == "both" else kept
+
     def answers(v: Inputs) -> dict[str, Tensor]:
-        return row.named(run(v), row.outputs)
+        return row.named(anew(v) if row.in_place else run(v), row.outputs)
 
     gate = functools.cache(lambda: Gate(rest))
     shared = tuple(n for n in row.outputs if n not in row.only_ours)
@@ -270,7 +251,7 @@ def _bert_fast(row: Row, case: Case, rest: Case) -> Prepared:
         return _without(answers(v), row.only_ours)
 
     served = ops.implementations()[row.op][case.device.type].name
-    return Prepared(run, check, notes={"implementation": served})
+    return Prepared(run, check, row.in_place, {"implementation": served})
 
 
 def _peer(
@@ -288,27 +269,35 @@ def _peer(
     if why := peer.lacks(case, row.p):
         raise AbsentError(why)
     enter = functools.cache(peer.enter)
+    keeps = row.direction == "backward"
+    expression = peer.expression
+    if peer.compiled:
+        from stock_bert import compiled
+
+        expression = compiled(expression, "default", False, case.device)
 
     def graph(v: Inputs, p: float) -> tuple[Tensor, list[Tensor]]:
         leaves = {n: v[n].detach().requires_grad_() for n in peer.leaves}
         with torch.enable_grad():
-            return peer.expression(v.having(**leaves), p), [*leaves.values()]
+            return expression(v.having(**leaves), p), [*leaves.values()]
 
     kept = functools.cache(lambda v: graph(v, row.p))
 
     def answers(v: Inputs, p: float) -> Answers:
-        v = enter(v)
         if not peer.leaves:
             with torch.no_grad():
-                out = peer.expression(v, p)
+                out = expression(v, p)
             return out if isinstance(out, tuple) else (out,)
-        out, leaves = kept(v) if p == row.p else graph(v, p)
-        return torch.autograd.grad(out, leaves, v["dy"], retain_graph=True)
+        out, leaves = kept(v) if keeps and p == row.p else graph(v, p)
+        dy = None if peer.value else v["dy"]
+        grads = torch.autograd.grad(out, leaves, dy, retain_graph=keeps)
+        return (out.detach(), *grads) if peer.value else grads
 
     names = tuple(n for n in row.outputs if n not in row.only_ours)
 
     def check(v: Inputs) -> dict[str, Tensor]:
-        own = row.named(peer.leave(enter(v), answers(v, 0.0)), names)
+        entered = peer.enter(v) if row.in_place else enter(v)
+        own = row.named(peer.leave(entered, answers(entered, 0.0)), names)
         if not row.p:
             return own
         plain, dropped = truth(v, 0.0), truth(v, row.p)
@@ -316,7 +305,8 @@ def _peer(
 
     notes = dict(peer.notes)
     if peer.leaves:
-        notes["backward"] = "autograd of a graph that is kept"
+        made = "that is kept" if keeps else "that each call makes anew"
+        notes["backward"] = f"autograd of a graph {made}"
     if row.p:
         notes["checked"] = "without dropout, its mask being another"
-    return Prepared(lambda v: answers(v, row.p), check, notes=notes)
+    return Prepared(lambda v: answers(enter(v), row.p), check, row.in_place, notes)

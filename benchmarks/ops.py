@@ -1,8 +1,9 @@
 """A row for every registered op, with the bytes or FLOPs it must move.
 
-A row is a call of an op at BERT's sizes ("full"), at sizes that a CPU does at once ("small") or at
-odd ones ("odd"), where only the answers matter. Bytes count every tensor once that must be read or
-written, of a table only the rows that are looked up. FLOPs count matrix products alone.
+A row is a call of an op at the widths of BERT-base or -large ("base", "large"), with as many tokens
+as its device is fit for; at sizes that a CPU does at once ("small"); or at odd ones ("odd"), where
+only the answers matter. Bytes count every tensor once that must be read or written, of a table only
+the rows that are looked up. FLOPs count matrix products alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +13,15 @@ from typing import Any
 
 import op_attention
 import op_linear
+import op_optimizer
+import op_unpad
+import targets
 import torch
 import torch.nn.functional as F  # noqa: N812
 from gate import Candidate, Case, Work
-from op_rows import SITE, Answers, Draw, Inputs, Peer, Row, build
+from op_inputs import Answers, Draw, Inputs, sizes
+from op_peers import Peer, compiled, liger_lacks
+from op_rows import SITE, Row, both, build
 from torch import Tensor
 
 from bert_fast.reference import IGNORE
@@ -24,11 +30,13 @@ EPS = 1e-12  # BERT's, of LayerNorm
 
 # --- dropout + residual + LayerNorm --------------------------------------------------------------
 
-_ROWS_TD = {
-    "full": {"T": 32768, "D": 1024},
-    "small": {"T": 256, "D": 256},
-    "odd": {"T": 67, "D": 101},
-}
+_ROWS_TD = sizes(
+    lambda model, T: {"T": T, "D": model.D},
+    32768,
+    1024,
+    small={"T": 256, "D": 256},
+    odd={"T": 67, "D": 101},
+)
 
 
 def _layer_norm_inputs(draw: Draw, T: int, D: int) -> dict[str, Tensor]:
@@ -58,11 +66,20 @@ def _layer_norm_save(ops: Any, v: Inputs, p: float) -> Answers:
     return _layer_norm_call(ops, v, p, None)[1:]
 
 
+def _layer_norm_alone_save(ops: Any, v: Inputs, p: float) -> Answers:
+    _, mean, rstd = _layer_norm_alone_call(ops, v, p, None)
+    return v["x"], mean, rstd
+
+
 def _layer_norm_bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
     z, mean, rstd = saved
     args = v["dy"], z, v["w"], mean, rstd, False, p, v.seed(p), SITE, v["x"].dtype
     dx, dz, dw, db, _ = ops.add_layer_norm_bwd(*args)
     return dx if p else dz, dz, dw, db
+
+
+def _layer_norm_alone_bwd_call(ops: Any, v: Inputs, p: float, saved: Answers) -> Answers:
+    return _layer_norm_bwd_call(ops, v, p, saved)[1:]
 
 
 def _layer_norm_work(e: int, p: float, T: int, D: int) -> Work:
@@ -87,6 +104,18 @@ def _layer_norm_alone_torch(v: Inputs, p: float) -> Tensor:
     return F.layer_norm(v["x"], v["w"].shape, v["w"], v["b"], EPS)
 
 
+def _layer_norm_liger(v: Inputs, p: float) -> Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(F.dropout(v["x"], p) + v["residual"], v["w"], v["b"], EPS)
+
+
+def _layer_norm_alone_liger(v: Inputs, p: float) -> Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(v["x"], v["w"], v["b"], EPS)
+
+
 _LAYER_NORM = Row(
     "add_layer_norm",
     _ROWS_TD,
@@ -94,7 +123,11 @@ _LAYER_NORM = Row(
     _layer_norm_call,
     ("y", "z", "mean", "rstd"),
     _layer_norm_work,
-    {"torch": Peer(_layer_norm_torch)},
+    {
+        "torch": Peer(_layer_norm_torch),
+        "torch compile": compiled(Peer(_layer_norm_torch)),
+        "liger": Peer(_layer_norm_liger, lacks=liger_lacks),
+    },
     only_ours=("z", "mean", "rstd"),
 )
 _LAYER_NORM_ALONE = Row(
@@ -104,7 +137,11 @@ _LAYER_NORM_ALONE = Row(
     _layer_norm_alone_call,
     ("y", "mean", "rstd"),
     _layer_norm_alone_work,
-    {"torch": Peer(_layer_norm_alone_torch)},
+    {
+        "torch": Peer(_layer_norm_alone_torch),
+        "torch compile": compiled(Peer(_layer_norm_alone_torch)),
+        "liger": Peer(_layer_norm_alone_liger, lacks=liger_lacks),
+    },
     only_ours=("mean", "rstd"),
 )
 _LAYER_NORM_BWD = Row(
@@ -116,15 +153,29 @@ _LAYER_NORM_BWD = Row(
     _layer_norm_bwd_work,
     {"torch": Peer(_layer_norm_torch, ("x", "residual", "w", "b"))},
     save=_layer_norm_save,
+    direction="backward",
+)
+_LAYER_NORM_ALONE_BWD = Row(
+    "add_layer_norm_bwd",
+    _ROWS_TD,
+    _layer_norm_inputs,
+    _layer_norm_alone_bwd_call,
+    ("dx", "dw", "db"),
+    _layer_norm_bwd_work,
+    {"torch": Peer(_layer_norm_alone_torch, ("x", "w", "b"))},
+    save=_layer_norm_alone_save,
+    direction="backward",
 )
 
 # --- embeddings ----------------------------------------------------------------------------------
 
-_TABLES = {
-    "full": {"T": 16384, "D": 768, "V": 30522, "P": 512},
-    "small": {"T": 256, "D": 64, "V": 997, "P": 128},
-    "odd": {"T": 67, "D": 101, "V": 53, "P": 71},  # more words than rows of their table
-}
+_TABLES = sizes(
+    lambda model, T: {"T": T, "D": model.D, "V": model.V, "P": 512},
+    16384,
+    1024,
+    small={"T": 256, "D": 64, "V": 997, "P": 128},
+    odd={"T": 67, "D": 101, "V": 53, "P": 71},  # more words than rows of their table
+)
 _PAD = 0  # row of the word table that has no gradient
 _TYPES = 2
 
@@ -183,7 +234,7 @@ _EMBED = Row(
     _embed_call,
     ("y", "z", "mean", "rstd"),
     _embed_work,
-    {"torch": Peer(_embed_torch)},
+    {"torch": Peer(_embed_torch), "torch compile": compiled(Peer(_embed_torch))},
     only_ours=("z", "mean", "rstd"),
 )
 _EMBED_BWD = Row(
@@ -195,15 +246,18 @@ _EMBED_BWD = Row(
     _embed_bwd_work,
     {"torch": Peer(_embed_torch, ("word", "position", "type_", "w", "b"))},
     save=_embed_save,
+    direction="backward",
 )
 
 # --- masked-LM loss ------------------------------------------------------------------------------
 
-_LOSS_SIZES = {
-    "full": {"N": 2458, "D": 768, "V": 30522, "every": 0},  # 15 % of 16384 tokens
-    "small": {"N": 48, "D": 64, "V": 1009, "every": 0},
-    "odd": {"N": 67, "D": 37, "V": 101, "every": 3},
-}
+_LOSS_SIZES = sizes(
+    lambda model, N: {"N": N, "D": model.D, "V": model.V, "every": 0},
+    2458,  # 15 % of 16384 tokens
+    154,
+    small={"N": 48, "D": 64, "V": 1009, "every": 0},
+    odd={"N": 67, "D": 37, "V": 101, "every": 3},
+)
 
 
 def _loss_inputs(draw: Draw, N: int, D: int, V: int, every: int) -> dict[str, Tensor]:
@@ -216,7 +270,12 @@ def _loss_inputs(draw: Draw, N: int, D: int, V: int, every: int) -> dict[str, Te
 
 
 def _loss_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+    """By one op, which gives the gradients with the loss."""
     return ops.linear_cross_entropy(v["x"], v["w"], v["b"], v["labels"], True)
+
+
+def _loss_forward_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
+    return ops.linear_cross_entropy(v["x"], v["w"], v["b"], v["labels"], False)[:1]
 
 
 def _loss_work(e: int, p: float, N: int, D: int, V: int, every: int) -> Work:
@@ -224,14 +283,31 @@ def _loss_work(e: int, p: float, N: int, D: int, V: int, every: int) -> Work:
     return Work(tokens=N, slots=N, bytes=moved, flops=6 * N * D * V)
 
 
-def _loss_torch(v: Inputs, p: float) -> Answers:
-    """Forward and backward; logits in fp32, as under autocast: 16 bits would round the sum."""
-    leaves = [v[name].detach().requires_grad_() for name in ("x", "w", "b")]
-    with torch.enable_grad():
-        logits = F.linear(*leaves)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, v["labels"], reduction="sum", ignore_index=IGNORE)
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
+def _loss_forward_work(e: int, p: float, N: int, D: int, V: int, every: int) -> Work:
+    moved = e * (N * D + V * D + V) + 8 * N + 4
+    return Work(tokens=N, slots=N, bytes=moved, flops=2 * N * D * V)
+
+
+def _loss_torch(v: Inputs, p: float) -> Tensor:
+    """Logits in fp32, as under autocast: 16 bits would round the sum."""
+    logits = F.linear(v["x"], v["w"], v["b"])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, v["labels"], reduction="sum", ignore_index=IGNORE)
+
+
+def _loss_liger(v: Inputs, p: float) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    tensors = v["x"], v["w"], v["labels"], v["b"]
+    return liger_fused_linear_cross_entropy(*tensors, ignore_index=IGNORE, reduction="sum")
+
+
+def _loss_peers(**how: Any) -> dict[str, Peer]:
+    return {
+        "torch": Peer(_loss_torch, **how),
+        "torch compile": compiled(Peer(_loss_torch, **how)),
+        "liger": Peer(_loss_liger, lacks=liger_lacks, **how),
+    }
 
 
 _LOSS = Row(
@@ -241,69 +317,42 @@ _LOSS = Row(
     _loss_call,
     ("loss", "dx", "dw", "db"),
     _loss_work,
-    {"torch": Peer(_loss_torch)},
+    _loss_peers(leaves=("x", "w", "b"), value=True),
+    direction="both",
 )
-
-# --- unpad ---------------------------------------------------------------------------------------
-
-_UNPAD_SIZES = {
-    "full": {"B": 128, "L": 512},
-    "small": {"B": 8, "L": 64},
-    "odd": {"B": 6, "L": 7},
-}
-
-
-def _unpad_lengths(B: int, L: int) -> list[int]:
-    """Return lengths of which each pair fills one row: half of B x L; the first pair is 0 and L."""
-    halves = [i * (L // 2) // max(1, B // 2 - 1) for i in range(B // 2)]
-    return [n for short in halves for n in (short, L - short)]
-
-
-def _unpad_inputs(draw: Draw, B: int, L: int) -> dict[str, Tensor]:
-    lengths = torch.tensor(_unpad_lengths(B, L))[draw.order(B)].to(draw.device)
-    return {"mask": torch.arange(L, device=draw.device)[None] < lengths[:, None]}
-
-
-def _unpad_call(ops: Any, v: Inputs, p: float, saved: None) -> Answers:
-    return ops.unpad(v["mask"])
-
-
-def _unpad_work(e: int, p: float, B: int, L: int) -> Work:
-    T = sum(_unpad_lengths(B, L))
-    return Work(tokens=T, slots=B * L, sequences=B, bytes=B * L + 8 * T + 4 * (B + 1))
-
-
-def _unpad_torch(v: Inputs, p: float) -> Answers:
-    lengths = v["mask"].sum(1)
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    return v["mask"].flatten().nonzero().flatten(), cu_seqlens, torch.tensor(lengths.max().item())
-
-
-_UNPAD = Row(
-    "unpad",
-    _UNPAD_SIZES,
-    _unpad_inputs,
-    _unpad_call,
-    ("rows", "cu_seqlens", "max_len"),
-    _unpad_work,
-    {"torch": Peer(_unpad_torch)},
-    exact=True,
+_LOSS_FORWARD = Row(
+    "linear_cross_entropy",
+    _LOSS_SIZES,
+    _loss_inputs,
+    _loss_forward_call,
+    ("loss",),
+    _loss_forward_work,
+    _loss_peers(),
 )
 
 # --- all of them ---------------------------------------------------------------------------------
 
+_LAYER_NORM_DROPOUT = replace(_LAYER_NORM, p=0.1)
+_LAYER_NORM_BWD_DROPOUT = replace(_LAYER_NORM_BWD, p=0.1)
+
 ROWS: Mapping[str, Row] = {
     **op_attention.ROWS,
     "layer_norm": _LAYER_NORM_ALONE,
+    "layer_norm fwd+bwd": both(_LAYER_NORM_ALONE, _LAYER_NORM_ALONE_BWD),
     "add_layer_norm": _LAYER_NORM,
-    "add_layer_norm dropout": replace(_LAYER_NORM, p=0.1),
+    "add_layer_norm dropout": _LAYER_NORM_DROPOUT,
     "add_layer_norm_bwd": _LAYER_NORM_BWD,
-    "add_layer_norm_bwd dropout": replace(_LAYER_NORM_BWD, p=0.1),
+    "add_layer_norm_bwd dropout": _LAYER_NORM_BWD_DROPOUT,
+    "add_layer_norm fwd+bwd": both(_LAYER_NORM, _LAYER_NORM_BWD),
+    "add_layer_norm dropout fwd+bwd": both(_LAYER_NORM_DROPOUT, _LAYER_NORM_BWD_DROPOUT),
     "embed": _EMBED,
     "embed_bwd": _EMBED_BWD,
+    "embed fwd+bwd": both(_EMBED, _EMBED_BWD),
     **op_linear.ROWS,
     "linear_cross_entropy": _LOSS,
-    "unpad": _UNPAD,
+    "linear_cross_entropy forward": _LOSS_FORWARD,
+    **op_unpad.ROWS,
+    **op_optimizer.ROWS,
 }
 CASES: Mapping[str, Callable[..., tuple[Case, list[Candidate]]]] = {
     name: partial(build, name, row) for name, row in ROWS.items()
@@ -315,6 +364,17 @@ def names() -> list[str]:
     return [*CASES]
 
 
+def odd_names() -> list[str]:
+    """Return the names of rows that differ at odd sizes: of those with other lengths one."""
+    rows = ROWS.items()
+    return [*{(row.op, row.call, row.p, row.direction): name for name, row in rows}.values()]
+
+
+def ledger_names() -> list[tuple[str, str]]:
+    """Return (row, size) of the cases that the ledger's rows for kernels read."""
+    return [(name, size) for name, size in (c.rsplit(", ", 1) for c in targets.kernel_cases())]
+
+
 def case(
     name: str, device: torch.device | str, dtype: torch.dtype, size: str
 ) -> tuple[Case, list[Candidate]]:
@@ -324,6 +384,6 @@ def case(
         name: one of `names()`.
         device: where it runs.
         dtype: torch.float32, bfloat16 or float16.
-        size: "full", "small" or "odd".
+        size: "base", "large", "small" or "odd".
     """
     return CASES[name](device, dtype, size)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import nested_bert
 import onnx_bert
 import stock_bert
 import torch
@@ -55,7 +56,8 @@ def encoder_peers(
     varlen = Candidate("varlen_attn", partial(_varlen, *what))
     if not full:
         return [sdpa, varlen]
-    peers = [Candidate("transformers eager", partial(_stock, *what, "eager")), sdpa]
+    nested = Candidate("nn.TransformerEncoder", partial(_nested, *what))
+    peers = [Candidate("transformers eager", partial(_stock, *what, "eager")), sdpa, nested]
     for backend in stock_bert.BACKENDS:
         prepare = partial(_stock, *what, "sdpa", backend=backend)
         peers.append(Candidate(f"transformers sdpa {backend}", prepare))
@@ -153,6 +155,14 @@ def _varlen_notes(dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     notes = {"attention": "torch.nn.attention.varlen", "weights": short(dtype)}
     notes |= {"qkv": "one product", "padding": "none"}
     return notes | ({"compile": "default, dynamic"} if compiled else {})
+
+
+def _nested(state: State, config: BertConfig, device: torch.device, dtype: torch.dtype) -> Prepared:
+    """Prepare PyTorch's encoder; rows at the padding are no answers."""
+    model = nested_bert.NestedBert(config, state).to(device, dtype)
+    notes = {"attention": "nn.TransformerEncoder's fast path", "weights": short(dtype)}
+    notes["padding"] = "none in the layers: nested tensors"
+    return _encoder_prepared(lambda b: model(b.input_ids, b.attention_mask), notes)
 
 
 def _onnx(

@@ -1,22 +1,22 @@
 """The pre-training cases: one whole step, dropout, both heads and the optimizer included.
 
-    python benchmarks/pretraining.py --device cpu [ROW ...]    the CPU's rows: small models in fp32
-    python benchmarks/pretraining.py --device cuda [CASE ...]  cases 8 and 10 of the targets
+    python benchmarks/pretraining.py --device cpu    the CPU's rows: small models in fp32
+    python benchmarks/pretraining.py --device cuda   cases 8 to 10 of the targets
 
-It starts the runs of `run.py`: `cpu` with these rows, and `case` for each case.
+It is suite `pretraining` of run.py, whose options it takes.
 """
 
-import argparse
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
 import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
-from encoder import FP32, Parts, config_of, our_notes, state_of
+from encoder import FP32, Parts, config_of, dtype_of, our_notes, state_of
 from gate import Candidate, Case, Outputs, Prepared, Work
+from specs import PRETRAINING as SPECS
 from torch import Tensor
 from workload import PretrainingBatch
 
@@ -24,7 +24,7 @@ import bert_fast
 from bert_fast import BertConfig, reference_model
 from bert_fast.accuracy import short
 from bert_fast.train import flops
-from bert_fast.train.optim import AdamW
+from bert_fast.train.optim import LAMB, AdamW
 
 _SEED = 4321
 _MASKED = 0.15
@@ -34,25 +34,6 @@ _TIED = {
 }
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a case is made of: `n` full sequences of one length for a model.
-
-    It is in bf16 autocast on a GPU, in fp32 on a CPU.
-    """
-
-    model: str
-    n: int
-    length: int
-
-
-SPECS = {
-    "case 8": Spec("large", 64, 128),
-    "case 10 s128": Spec("base", 256, 128),
-    "case 10 s512": Spec("base", 64, 512),
-    "cpu mini 32x128": Spec("mini", 32, 128),
-    "cpu small 32x128": Spec("small", 32, 128),
-}
 # Whom the CPU's rows compare with; the others of the full list have no dropout there or no kernel.
 CPU_PEERS = ("transformers eager", "transformers sdpa", "transformers sdpa compile default")
 
@@ -69,17 +50,16 @@ def step_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
 def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:
     """Return the parts of a pre-training case; the arguments are those of `case`."""
     spec = SPECS[name]
-    spec = replace(spec, n=4, length=16) if small else spec
-    dtype = torch.bfloat16 if device.type == "cuda" else FP32
-    config = config_of(spec.model, spec.length, small)
-    state = state_of(spec.model, spec.length, small)
-    lengths = (spec.length,) * spec.n
+    lengths = (spec.small if small else spec.lengths).orders(_SEED, 2)
+    longest, dtype = max(lengths[0]), dtype_of(spec, device)
+    config, state = config_of(spec.model, longest, small), state_of(spec.model, longest, small)
     inputs = [
-        workload.pretraining_batch(config, lengths, device, _SEED + i, _MASKED) for i in range(2)
+        workload.pretraining_batch(config, n, device, _SEED + i, _MASKED)
+        for i, n in enumerate(lengths)
     ]
-    ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype))
+    ours = Candidate("bert_fast", lambda: _ours(state, config, device, dtype, spec.optimizer))
     theirs = training_peers.pretraining_peers(state, config, device, dtype, full=full)
-    return Parts(dtype, spec.length, config, state, inputs, [ours, *theirs])
+    return Parts(dtype, longest, config, state, inputs, [ours, *theirs])
 
 
 def case(
@@ -93,9 +73,10 @@ def case(
         small: the rehearsal's sizes.
         full: every peer and mode; else the short list.
     """
-    parts = parts_of(name, device, small, full)
+    parts, spec = parts_of(name, device, small, full), SPECS[name]
     dtype, config, state = parts.dtype, parts.config, parts.state
-    n, length = len(parts.inputs[0].lengths), parts.longest
+    lengths = parts.inputs[0].lengths  # the others have the same in another order
+    slots = parts.inputs[0].input_ids.numel()
     baseline_name, baseline = training_peers.baseline_pretraining(state, config, device, dtype)
     return Case(
         name=name,
@@ -105,12 +86,14 @@ def case(
         truth=_truth(state, config, device, torch.float64 if dtype == FP32 else FP32),
         baseline=baseline,
         baseline_name=baseline_name,
-        work=Work(n * length, n * length, n, flops=step_flops(config, (length,) * n)),
+        work=Work(sum(lengths), slots, len(lengths), flops=step_flops(config, lengths)),
         facts={
-            "model": SPECS[name].model,
+            "model": spec.model,
             "seed": _SEED,
-            "longest": length,
+            "lengths": str(spec.small if small else spec.lengths),
+            "longest": parts.longest,
             "small": small,
+            "optimizer": spec.optimizer,
             "dropout": config.hidden_dropout_prob,
             "masked": _MASKED,
             "checked": "loss and gradients without dropout",
@@ -150,8 +133,13 @@ def _truth(
 
 
 def _ours(
-    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
+    state: Mapping[str, Tensor],
+    config: BertConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimizer: str,
 ) -> Prepared:
+    """Return this project's model and optimizer; on a GPU AdamW is PyTorch's fused one."""
     model = bert_fast.BertForPreTraining(config)
     model.load_state_dict(state)
     model = model.to(device, torch.promote_types(dtype, FP32)).train()
@@ -166,14 +154,12 @@ def _ours(
                 next_sentence_label=batch.next_sentence_label,
             ).loss
 
-    notes, optimizer = our_notes(model), None
-    if device.type == "cpu":
-        optimizer = AdamW(
-            model.parameters(),
-            lr=training_peers.LEARNING_RATE,
-            weight_decay=training_peers.WEIGHT_DECAY,
-        )
-        notes["optimizer"] = "bert_fast.train.optim.AdamW"
+    notes, made = our_notes(model), None
+    if device.type == "cpu" or optimizer == "lamb":
+        of = {"adamw": AdamW, "lamb": LAMB}[optimizer]
+        rates = training_peers.LEARNING_RATE, training_peers.WEIGHT_DECAY
+        made = of(model.parameters(), lr=rates[0], weight_decay=rates[1])
+        notes["optimizer"] = f"bert_fast.train.optim.{of.__name__}"
     return training_peers.prepared(
         model,
         loss_of,
@@ -181,27 +167,11 @@ def _ours(
         config,
         device,
         notes,
-        optimizer,
+        made,
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Start the runs of these cases; return 1 if one of them found a wrong answer of ours."""
-    from run import CPU_TRAINING
-    from run import main as run
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--out", help="where the files go")
-    parser.add_argument("what", nargs="*", metavar="ROW", help="rows, or numbers of cases")
-    args = parser.parse_args(argv)
-    out = [] if args.out is None else ["--out", args.out]
-    if args.device == "cpu":
-        return run(["cpu", *(args.what or CPU_TRAINING), *out])
-    return max(run(["case", number, *out]) for number in args.what or ("8", "10"))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from run import main
+
+    raise SystemExit(main(["pretraining", *sys.argv[1:]]))

@@ -17,23 +17,26 @@ from pathlib import Path
 
 import builds
 import checkout  # noqa: F401
-import encoder
 import harness
 import machine
 import memory
 import ops
-import pretraining
 import profiles
 import proof
+import selection
+import suites
 import torch
 import tune
 from gate import Candidate, Case
+from goals import OURS
 from op_rows import DTYPES
-from record import Run
+from record import Run, clean
+from selection import SUITES
 from supervise import EXIT_LOST
 
 from bert_fast.accuracy import short
 
+_MOST_FOR_A_KERNEL = 5.0  # seconds for its rounds
 _LAST_TO_COMPILE = 15.0  # seconds for what is being compiled when the time for it is over
 
 
@@ -71,7 +74,7 @@ def _machine(context: Context) -> None:
     run.set("ceilings", machine.ceilings(device, small=context.small))
     for name in ("copy_gb_per_s", "matmul_tflop_per_s"):
         print(f"  {name}: {run.data['ceilings'][name]}")
-    if context.run.data["suite"] in ("gpu", "cpu"):
+    if context.run.data["suite"] in ("gpu", "all"):
         run.set(
             "gemms",
             machine.gemms(
@@ -87,7 +90,7 @@ def _smoke(context: Context) -> None:
     """Every op at odd shapes in every dtype: checked, not timed."""
     for dtype in DTYPES:
         seen = []
-        for name in ops.names():
+        for name in ops.odd_names():
             case, candidates = ops.case(name, context.device, dtype, "odd")
             ours = [c for c in candidates if c.name == "bert_fast"]
             _each(context, case, ours, harness.prove)
@@ -96,39 +99,53 @@ def _smoke(context: Context) -> None:
 
 
 def _ops(context: Context) -> None:
-    """The table of all ops."""
-    names = ops.names()
+    """The kernels of the ledger, each at the size that its goal is for."""
+    names = [row if context.small else f"{row}, {size}" for row, size in ops.ledger_names()]
+    _kernels(context, [*dict.fromkeys(names)])
+
+
+def _kernels(context: Context, names: list[str]) -> None:
+    """The cases of ops: each has its share of the time."""
     for i, name in enumerate(names):
         share = max(1.0, context.left / (len(names) - i))
-        dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-        size = "small" if context.small else "full"
-        case, candidates = ops.case(name, context.device, dtype, size)
-        _measure(context.within(4 * share), case, candidates, rounds=30, seconds=share / 2)
+        case, candidates = _built(context, name)
+        how = {"rounds": 30, "seconds": min(share / 2, _MOST_FOR_A_KERNEL)}
+        _measure(context.within(4 * share), case, candidates, **how)
 
 
-def _encoder(context: Context, name: str, full: bool) -> None:
-    case, candidates = encoder.case(name, context.device, small=context.small, full=full)
-    rounds = 10 if "case 5" in name or "case 6" in name else 30
-    _measure(context, case, candidates, rounds=rounds, least=3, seconds=context.left / 2)
+def _built(context: Context, name: str) -> tuple[Case, list[Candidate]]:
+    """Return a case and the candidates that were asked for, ours among them."""
+    full = context.run.data["suite"] in SUITES
+    case, candidates = suites.build(name, context.device, small=context.small, full=full)
+    if asked := context.run.data.get("asked", {}).get("peers"):
+        peers = [c.name for c in candidates if selection.is_peer(c.name, asked)]
+    else:
+        default = suites.chosen_by_default(name, context.device) if full else None
+        peers = [c.name for c in candidates] if default is None else default
+    return case, [c for c in candidates if c.name == OURS or c.name in peers]
 
 
-def _pretraining(context: Context, name: str, full: bool) -> None:
-    case, candidates = pretraining.case(name, context.device, small=context.small, full=full)
-    _measure(context, case, candidates, rounds=20, least=3, seconds=context.left / 2)
-
-
-def _on_cpu(context: Context, name: str) -> None:
-    """A row of the CPU's table: five rounds, and more while 20 seconds last."""
-    module = encoder if name in encoder.SPECS else pretraining
-    case, candidates = module.case(name, context.device, small=context.small, full=True)
-    chosen = [c for c in candidates if c.name in ("bert_fast", *module.CPU_PEERS)]
-    _measure(context, case, chosen, rounds=15, least=5, seconds=20.0)
+def _case(context: Context, name: str) -> None:
+    """A case of the encoder or of pre-training."""
+    case, candidates = _built(context, name)
+    family = suites.family_of(name)
+    if context.device.type == "cpu":
+        few = family == "encoder" and suites.MODULES[family].SPECS[name].few
+        how = {"rounds": 15, "least": 5, "seconds": 10.0 if few else 20.0}
+    else:
+        rounds = 10 if case.work.sequences > 1000 else 30 if family == "encoder" else 20
+        how = {"rounds": rounds, "least": 3, "seconds": context.left / 2}
+    _measure(context, case, candidates, **how)
 
 
 def _memory(context: Context) -> None:
     """The memory of every candidate that was measured, each in a process of its own."""
     run = context.run
-    rows = [(r["case"], r["candidate"]) for r in run.data["rows"] if r["state"] == "measured"]
+    rows = [
+        (row["case"], row["candidate"])
+        for row in run.data["rows"]
+        if row["state"] == "measured" and memory.is_of(row["case"])
+    ]
     with ThreadPoolExecutor(2) as pool:  # most of each is imports and weights, on one core
         asked = {
             pool.submit(lambda one: memory.of(*one, context.small, context.left), one): one
@@ -170,30 +187,21 @@ def _each(
         do(case, candidates, context.run)
     except harness.DeviceLostError:
         raise
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        for name in context.run.unsettled(case.name, ""):
+            why = clean(f"the case broke: {type(error).__name__}: {error}")
+            context.run.put(case.name, name, state="failed", why=why)
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _cases(context: Context, number: str, full: bool) -> None:
-    """Every part of a case of the targets."""
-    parts = [
-        (measure, name)
-        for module, measure in ((encoder, _encoder), (pretraining, _pretraining))
-        for name in module.SPECS
-        if name == f"case {number}" or name.startswith(f"case {number} ")
-    ]
-    for i, (measure, name) in enumerate(parts):
-        measure(context.within(context.left / (len(parts) - i)), name, full)
-
-
 def _profile(context: Context) -> None:
     """The kernels of a forward and of a training step."""
     found = {}
-    for module, name in ((encoder, "case 3"), (pretraining, "case 8")):
-        case, (ours, *_) = module.case(name, context.device, small=context.small)
+    for name in ("case 3", "case 8"):
+        case, (ours, *_) = suites.build(name, context.device, small=context.small, full=False)
         prepared, inputs = ours.prepare(), case.inputs[0]
         call = lambda prepared=prepared, inputs=inputs: prepared.run(inputs)  # noqa: E731
         found[name] = profiles.kernels(call, context.device)
@@ -235,13 +243,13 @@ def perform(stage: str, context: Context) -> None:
         simple[stage]()
     elif stage in proof.SANITIZERS:
         proof.sanitizer(stage, context.run, context.device, context.until)
-    elif stage.startswith("cpu "):
-        _on_cpu(context, stage)
+    elif stage == "kernels":
+        asked = context.run.data["asked"]["cases"]
+        _kernels(context, [name for name in asked if suites.family_of(name) == "kernels"])
     elif stage.startswith("tune "):
         _tune(context, stage.removeprefix("tune "))
-    elif stage.startswith("case "):
-        number = stage.split()[1]
-        _cases(context, number, full=stage.endswith("in full"))
+    elif suites.family_of(stage) != "kernels":
+        _case(context, stage)
     else:
         raise ValueError(f"stage: want one that run.py lists, got {stage!r}")
 

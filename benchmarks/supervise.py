@@ -73,7 +73,10 @@ class _Interrupt:
 
 
 def supervise(
-    path: Path, stages: Sequence[Stage], command: Callable[[Stage, float, int], list[str]]
+    path: Path,
+    stages: Sequence[Stage],
+    command: Callable[[Stage, float, int], list[str]],
+    note: Callable[[str], None] = lambda step: None,
 ) -> int:
     """Run the stages of the run that `path` holds; its log stands beside it.
 
@@ -82,6 +85,7 @@ def supervise(
         stages: in order.
         command: makes the command line of a stage's process from the stage, the time on
             time.monotonic() at which it should be over, and the file descriptor for `Run.at`.
+        note: told again and again which case is under way, or else which stage.
 
     Returns:
         130 if it was interrupted; 1 if a stage broke or candidate bert_fast has no right answer or
@@ -92,7 +96,7 @@ def supervise(
         for i, stage in enumerate(stages):
             end_of_stage += stage.seconds
             _say(log, f"--- {stage.name} ({i + 1} of {len(stages)}, {stage.seconds:.0f} s)")
-            outcome = _run_stage(path, stage, command, end_of_stage, interrupt, log)
+            outcome = _run_stage(path, stage, command, end_of_stage, interrupt, log, note)
             _say(log, f"--- {stage.name}: {outcome['ended']}, {outcome['seconds']:.0f} s")
             if interrupt.came:
                 break
@@ -137,6 +141,7 @@ def _run_stage(
     deadline: float,
     interrupt: _Interrupt,
     log: TextIO,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run a stage, again where its process dies under a candidate; return its entry in the run."""
     start = time.monotonic()
@@ -144,7 +149,8 @@ def _run_stage(
     while True:
         with tempfile.TemporaryFile() as heart:
             argv = command(stage, deadline - _MARGIN, heart.fileno())
-            end = _run_process(argv, heart.fileno(), deadline, interrupt, log)
+            beat = lambda case, of=stage.name: note(case or of)  # noqa: E731
+            end = _run_process(argv, heart.fileno(), deadline, interrupt, log, beat)
             case, candidate, _ = heartbeat(heart.fileno())
         for leftover in path.parent.glob(f".{path.name}.*"):
             leftover.unlink()
@@ -192,7 +198,12 @@ def _death(status: int) -> str:
 
 
 def _run_process(
-    argv: list[str], heart: int, deadline: float, interrupt: _Interrupt, log: TextIO
+    argv: list[str],
+    heart: int,
+    deadline: float,
+    interrupt: _Interrupt,
+    log: TextIO,
+    note: Callable[[str], None],
 ) -> _End:
     """Run a process until it ends, its deadline is past or a signal comes; nothing survives it."""
     process = subprocess.Popen(
@@ -210,10 +221,12 @@ def _run_process(
     how = "exit"
     try:
         while process.poll() is None:
+            case, _, until = heartbeat(heart)
+            note(case)
             if interrupt.came or time.monotonic() > deadline:
                 how = "interrupted" if interrupt.came else "deadline"
                 _stop(process)
-            elif time.monotonic() > (heartbeat(heart)[2] or deadline) + _GRACE:
+            elif time.monotonic() > (until or deadline) + _GRACE:
                 how = "hung"  # not in Python, where its own limit would have reached it
                 break
             else:

@@ -8,8 +8,10 @@ from goals import (
     CPU,
     H200,
     LESS,
+    OURS,
     Against,
     Part,
+    Rows,
     Target,
     device_us,
     extra,
@@ -177,84 +179,108 @@ KERNELS = (
     _kernel(
         "attention",
         "attention forward, s 512",
-        Part(rate("attention s512", "tflop_per_s"), "TFLOP/s", 360),
-        cases=("attention s512",),
+        Part(rate("attention s512, large", "tflop_per_s"), "TFLOP/s", 360),
+        cases=("attention s512, large",),
     ),
     _kernel(
         "attention_bwd",
         "attention backward, s 512, counted as 10 len^2 K H",
-        Part(rate("attention_bwd s512", "tflop_per_s"), "TFLOP/s", 220, 285),
-        cases=("attention_bwd s512",),
+        Part(rate("attention_bwd s512, large", "tflop_per_s"), "TFLOP/s", 220, 285),
+        cases=("attention_bwd s512, large",),
     ),
     _kernel(
         "attention short",
         "attention forward, s 128",
-        _copy_share("attention s128", 70),
-        cases=("attention s128",),
+        _copy_share("attention s128, large", 70),
+        cases=("attention s128, large",),
     ),
     _kernel(
         "attention mixed",
         "attention on mixed lengths, against equal ones of 256",
-        Part(rate_over("attention mixed", "attention s256", "tflop_per_s"), "%", 95),
-        cases=("attention mixed",),
+        Part(rate_over("attention mixed, large", "attention s256, large", "tflop_per_s"), "%", 95),
+        cases=("attention mixed, large",),
     ),
     _kernel(
         "attention dropout",
         "dropout inside attention, extra time",
-        Part(extra("attention s128 dropout", "attention s128"), "%", 25, None, LESS, "s 128"),
-        Part(extra("attention s512 dropout", "attention s512"), "%", 60, 30, LESS, "s 512"),
-        cases=("attention s128 dropout", "attention s512 dropout"),
+        Part(
+            extra("attention s128 dropout, large", "attention s128, large"),
+            "%",
+            25,
+            None,
+            LESS,
+            "s 128",
+        ),
+        Part(
+            extra("attention s512 dropout, large", "attention s512, large"),
+            "%",
+            60,
+            30,
+            LESS,
+            "s 512",
+        ),
+        cases=("attention s128 dropout, large", "attention s512 dropout, large"),
         against=(
-            Against("s 128", "attention s128 dropout", is_any),
-            Against("s 512", "attention s512 dropout", is_any),
+            Against("s 128", "attention s128 dropout, large", is_any),
+            Against("s 512", "attention s512 dropout, large", is_any),
         ),
     ),
     _kernel(
         "add_layer_norm",
         "dropout + residual + LayerNorm forward",
-        _copy_share("add_layer_norm dropout", 85),
-        cases=("add_layer_norm dropout",),
+        _copy_share("add_layer_norm dropout, large", 85),
+        cases=("add_layer_norm dropout, large",),
     ),
     _kernel(
         "add_layer_norm_bwd",
         "LayerNorm backward",
-        _copy_share("add_layer_norm_bwd", 70),
+        _copy_share("add_layer_norm_bwd, large", 70),
         Part(
-            device_us("layer_norm", "add_layer_norm_bwd"),
+            device_us("layer_norm, large", "add_layer_norm_bwd, large"),
             "us",
             110,
             None,
             LESS,
             "32768 x 1024 forward + backward",
         ),
-        cases=("add_layer_norm_bwd",),
+        cases=("add_layer_norm_bwd, large",),
     ),
     _kernel(
         "linear_gelu",
         "bias + GELU after a product, extra time",
-        Part(extra("linear_gelu", "linear"), "%", 10, 5, LESS, "inference"),
+        Part(extra("linear_gelu, base", "linear, base"), "%", 10, 5, LESS, "inference"),
         Part(None, "%", 25, None, LESS, "training"),
-        cases=("linear_gelu",),
+        cases=("linear_gelu, base",),
     ),
     _kernel(
         "bias_gelu",
         "bias + GELU by itself",
-        _copy_share("bias_gelu", 85),
-        cases=("bias_gelu",),
+        _copy_share("bias_gelu, base", 85),
+        cases=("bias_gelu, base",),
     ),
     _kernel(
         "linear_cross_entropy",
         "masked-LM head and loss",
         Part(
-            memory_saved("linear_cross_entropy", "torch"),
+            memory_saved("linear_cross_entropy, base", "torch"),
             "x less than eager PyTorch",
             3,
             label="memory",
         ),
-        cases=("linear_cross_entropy",),
-        against=(_against("linear_cross_entropy", "eager PyTorch", 1.5),),
+        cases=("linear_cross_entropy, base",),
+        against=(_against("linear_cross_entropy, base", "eager PyTorch", 1.5),),
     ),
-    _kernel("optimizer", "AdamW and LAMB step", Part(None, "% of copy", 80)),
+    _kernel(
+        "optimizer",
+        "AdamW and LAMB step",
+        Part(rate("adamw_, large", "of_copy", 100), "% of copy", 80, label="AdamW"),
+        Part(rate("lamb_, large", "of_copy", 100), "% of copy", 80, label="LAMB"),
+        cases=("adamw_, large", "lamb_, large"),
+        against=(
+            Against("AdamW", "adamw_, large", is_any),
+            Against("LAMB", "lamb_, large", is_any),
+        ),
+    ),
     _kernel("determinism", "same input, same bits", Part(None, ""), words="always"),
     _kernel(
         "training memory",
@@ -262,6 +288,28 @@ KERNELS = (
         Part(None, "x transformers SDPA", 0.5, None, LESS),
     ),
 )
+
+
+class _Asked(Rows):
+    """Rows of no run, which note the cases they are asked for."""
+
+    def __init__(self):
+        self.cases: list[str] = []
+
+    def measured(self, case: str, candidate: str = OURS) -> None:
+        """Note the case."""
+        self.cases.append(case)
+
+
+def kernel_cases() -> list[str]:
+    """Return the names of the cases that the rows for kernels read, each once."""
+    asked = _Asked()
+    for target in KERNELS:
+        asked.cases += target.cases
+        for part in target.parts:
+            if part.read:
+                part.read(asked)
+    return [*dict.fromkeys(asked.cases)]
 
 
 def _cpu(

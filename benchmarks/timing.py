@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _SLEEP_CYCLES = 1_000_000  # about 0.5 ms of a GPU: the host enqueues a call meanwhile
 
@@ -93,3 +94,45 @@ class Stopwatch:
             last.record()
             self.wait()
         into.device.append(first.elapsed_time(last) / 1e3)
+
+
+class Pulse:
+    """A fixed matrix product, timed now and then: how steady the machine is, whatever is measured.
+
+    Args:
+        device: where it runs.
+        small: a rehearsal's size.
+    """
+
+    def __init__(self, device: torch.device, small: bool = False):
+        cuda = device.type == "cuda"
+        self._side = 64 if small else (8192 if cuda else 1024)
+        self._dtype = torch.bfloat16 if cuda else torch.float32
+        self._device = device
+        self._operands = self._random()
+        self._watch, self._samples = Stopwatch(device), Samples()
+        self._product()
+
+    def _random(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(self._device).manual_seed(0)
+        kind = {"generator": generator, "device": self._device}
+        x, w = (torch.randn(self._side, self._side, **kind) for _ in range(2))
+        return x.to(self._dtype), w.to(self._dtype)
+
+    def _product(self) -> Tensor:
+        x, w = self._operands
+        return x @ w
+
+    def beat(self) -> None:
+        """Time one product."""
+        self._watch.time(self._product, self._samples)
+
+    def found(self) -> dict[str, Any] | None:
+        """Return its rates "tflop_per_s" by percentile and how many n; None: it took no time."""
+        seconds = [s for s in self._samples.device or self._samples.wall if s > 0]
+        if not seconds:
+            return None
+        rates = spread([2e-12 * self._side**3 / s for s in seconds])
+        n = rates.pop("n")
+        dtype = str(self._dtype).removeprefix("torch.")
+        return {"tflop_per_s": rates, "dtype": dtype, "side": self._side, "n": n}

@@ -1,4 +1,7 @@
-"""Whole steps of pre-training by peers: forward, backward, AdamW; every one in every list."""
+"""Whole steps of pre-training by peers: forward, backward, AdamW; every one in every list.
+
+PyTorch has no LAMB: where this project's steps are LAMB's, theirs are AdamW's, which does less.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

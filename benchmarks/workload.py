@@ -10,6 +10,7 @@ import bert_fast
 from bert_fast import BertConfig
 
 FIRST_ID = 5  # ids below are those of special tokens in every vocabulary here
+SMALL_VOCAB = 500  # of a rehearsal's models
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,10 @@ def batch(
     return Batch(ids.to(device), None if full else mask.to(device), tuple(lengths))
 
 
-def texts(
-    config: BertConfig, lengths: Sequence[int], seed: int, pin: bool, sample: int = 64
-) -> Texts:
+def texts(vocab_size: int, lengths: Sequence[int], seed: int, pin: bool, sample: int = 64) -> Texts:
     """Return texts of random ids; `sample` of them, spread over all lengths, are checked."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(FIRST_ID, config.vocab_size, (sum(lengths),), generator=generator)
+    ids = torch.randint(FIRST_ID, vocab_size, (sum(lengths),), generator=generator)
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     step = max(1, (len(lengths) - 1) // max(1, sample - 1))
     chosen = {*by_length[::step], by_length[0], by_length[-1]}

@@ -17,20 +17,28 @@ import torch.nn.functional as F  # noqa: N812
 from bench_cases import planted
 from torch.utils.flop_counter import FlopCounterMode
 
-from bert_fast import reference
+from bert_fast import reference, reference_optimizer
 from bert_fast.ops import implementations
 
 ROOT = Path(__file__).resolve().parents[1]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=lambda d: str(d)[6:])
-EVERY = pytest.mark.parametrize("name", rows.names())
 NAMES = """
-    attention s128, attention s256, attention s512, attention mixed, attention s128 dropout,
+    attention s128, attention s256, attention s512, attention glue, attention squad,
+    attention wikipedia, attention lognormal, attention mixed, attention s128 dropout,
     attention s512 dropout, attention_bwd s128, attention_bwd s512, attention_bwd s512 dropout,
-    work_list, layer_norm, add_layer_norm, add_layer_norm dropout, add_layer_norm_bwd,
-    add_layer_norm_bwd dropout, embed, embed_bwd, linear, linear invariant, linear_bwd, column_sums,
-    linear_gelu, bias_gelu, bias_gelu_bwd, linear_cross_entropy, unpad
+    attention s128 fwd+bwd, attention s512 fwd+bwd, attention s512 dropout fwd+bwd,
+    attention glue fwd+bwd, attention squad fwd+bwd, attention wikipedia fwd+bwd,
+    attention lognormal fwd+bwd, attention mixed fwd+bwd, layer_norm, layer_norm fwd+bwd,
+    add_layer_norm, add_layer_norm dropout, add_layer_norm_bwd, add_layer_norm_bwd dropout,
+    add_layer_norm fwd+bwd, add_layer_norm dropout fwd+bwd, embed, embed_bwd, embed fwd+bwd,
+    linear, linear invariant, linear_bwd, linear fwd+bwd, column_sums, linear_gelu, bias_gelu,
+    bias_gelu_bwd, bias_gelu fwd+bwd, linear_cross_entropy, linear_cross_entropy forward,
+    unpad, work_list, unpad_work, adamw_, lamb_, grad_norm
 """
+STEPS = [name for name, row in rows.ROWS.items() if row.in_place]
+OPTIMIZER = [*STEPS, "grad_norm"]
+BOTH = [name for name in rows.names() if name.endswith("fwd+bwd")]
 
 
 def candidate(name, which="bert_fast", device="cpu", dtype=FP32, size="odd"):
@@ -50,12 +58,77 @@ def test_the_names_are_those_of_the_ledger():
 
 
 def test_every_op_has_a_row_named_after_it():
-    # a step is no function of tensors to tensors; unpad_work is the two others in one
-    others = {"adamw_", "grad_norm", "lamb_", "unpad_work"}
-    assert {row.op for row in rows.ROWS.values()} == set(implementations()) - others
+    assert {row.op for row in rows.ROWS.values()} == set(implementations())
     for name, row in rows.ROWS.items():
-        assert row.op == {"layer_norm": "add_layer_norm"}.get(name, name.split()[0])
+        op = {"layer_norm": "add_layer_norm"}.get(name.split()[0], name.split()[0])
+        assert row.op == (f"{op}_bwd" if name in BOTH else op)
         assert ("dropout" in name) == (row.p > 0)
+
+
+def test_rows_with_other_lengths_are_the_same_at_odd_sizes():
+    odd = rows.odd_names()
+    assert {row.op for name, row in rows.ROWS.items() if name in odd} == set(implementations())
+    assert len(odd) == len(rows.names()) - 7 - 6 - 2  # forward; together; dropout and backward
+
+
+def test_every_pair_has_a_row_for_both_together():
+    names = rows.names()
+    backward = [n for n, row in rows.ROWS.items() if row.direction == "backward"]
+    backward.remove("column_sums")  # of a bias, whose forward is no op
+    pairs = {n: n.replace("_bwd", "") for n in backward}
+    assert all(n != forward for n, forward in pairs.items())
+    assert all(f"{forward} fwd+bwd" in names for forward in pairs.values())
+    lengths = {row.lengths for name, row in rows.ROWS.items() if name.startswith("attention")}
+    assert lengths == {"full", "glue", "squad", "wikipedia", "normal", "lognormal"}
+    for name in names:
+        if rows.ROWS[name].op == "attention" and "s256" not in name and name != S128_DROPOUT:
+            assert f"{name} fwd+bwd" in names
+
+
+S128_DROPOUT = "attention s128 dropout"  # shown for what dropout adds to a forward
+
+
+@pytest.mark.parametrize("name", rows.names())
+def test_sizes_are_those_of_both_models(name):
+    row = rows.ROWS[name]
+    assert {"base", "large", "base cpu", "large cpu", "small", "odd"} <= set(row.sizes)
+    for size, widths in (("base", (768, 12, 3072)), ("large", (1024, 16, 4096))):
+        for where in (size, f"{size} cpu"):
+            for key, want in zip("DHF", widths, strict=True):
+                part = row.op in OPTIMIZER and (where, key) == (f"{size} cpu", "F")
+                assert row.sizes[where].get(key, want) == (0 if part else want)
+            assert row.sizes[where].get("K", 64) == 64 and row.sizes[where].get("V", 30522) == 30522
+        on_gpu, on_cpu = (row.work(4, row.p, **row.sizes[w]).tokens for w in (size, f"{size} cpu"))
+        assert on_gpu >= 15 * on_cpu and on_cpu <= 1024
+        assert row.direction == "step" or "cross_entropy" in name or row.p or on_cpu > 600
+
+
+def test_a_cpu_has_its_own_sizes_and_the_facts_say_what_is_done():
+    case, _ = rows.case("attention glue fwd+bwd", "cpu", FP32, "base")
+    sizes = rows.ROWS["attention glue"].sizes["base cpu"]
+    assert case.name == "attention glue fwd+bwd, base" and case.facts["sizes"] == sizes
+    said = {key: case.facts[key] for key in ("op", "direction", "model", "lengths", "p")}
+    assert said == {
+        "op": "attention_bwd",
+        "direction": "both",
+        "model": "base",
+        "lengths": "glue",
+        "p": 0.0,
+    }
+    assert rows.case("linear", "cpu", FP32, "small")[0].name == "linear"
+    assert rows.case("linear", "cpu", BF16, "odd")[0].name == "linear, odd, bf16"
+    case, _ = rows.case("linear", "cpu", FP32, "large")
+    assert case.name == "linear, large" and case.facts["sizes"] == {"T": 1024, "D": 1024, "F": 4096}
+    assert case.facts["direction"] == "forward" and "lengths" not in case.facts
+
+
+def test_the_ledger_reads_cases_that_are_there():
+    found = rows.ledger_names()
+    assert len(found) == len(set(found)) >= 15
+    for name, size in found:
+        assert size in ("base", "large") and size in rows.ROWS[name].sizes
+    assert {("attention s256", "large"), ("layer_norm", "large"), ("linear", "base")} <= {*found}
+    assert {("adamw_", "large"), ("lamb_", "large")} <= {*found}
 
 
 def test_a_size_or_dtype_that_is_not_there_is_refused():
@@ -75,9 +148,11 @@ def test_odd_sizes_hold_an_empty_sequence_and_one_of_a_token():
 # --- right answers -------------------------------------------------------------------------------
 
 
-@EVERY
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((n, "odd") for n in rows.odd_names()), *((n, "small") for n in rows.names())],
+)
 @DTYPES
-@pytest.mark.parametrize("size", ("odd", "small"))
 def test_right_answers_pass(name, dtype, size, device):
     case, candidates = rows.case(name, device, dtype, size)
     json.dumps(case.facts, allow_nan=False)
@@ -87,7 +162,7 @@ def test_right_answers_pass(name, dtype, size, device):
         try:
             checked.check(one.prepare(), one.factor)
         except gate.AbsentError:
-            assert one.name == "varlen_attn"
+            assert one.name in ("varlen_attn", "torch compile", "liger")
 
 
 def test_the_row_says_what_serves_the_op():
@@ -107,6 +182,73 @@ def test_the_row_says_what_serves_the_op():
 def test_varlen_attn_says_what_it_lacks(name, dtype, why):
     with pytest.raises(gate.AbsentError, match=why):
         candidate(name, "varlen_attn", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("which", "why"), [("torch compile", "are for CUDA"), ("liger", "not installed|needs CUDA")]
+)
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm fwd+bwd", "linear_cross_entropy"])
+def test_peers_for_a_gpu_say_so(name, which, why):
+    with pytest.raises(gate.AbsentError, match=why):
+        candidate(name, which)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm dropout fwd+bwd"])
+def test_liger_is_called_as_it_is_written(name, monkeypatch):
+    """By PyTorch's own functions under its names: its arguments are given in its order."""
+
+    def loss(x, w, target, bias=None, ce_weight=None, ignore_index=-100, reduction="mean"):
+        return F.cross_entropy(
+            F.linear(x, w, bias), target, None, None, ignore_index, None, reduction
+        )
+
+    functional = SimpleNamespace(
+        liger_layer_norm=lambda X, W, B, eps: F.layer_norm(X, W.shape, W, B, eps),
+        liger_fused_linear_cross_entropy=loss,
+    )
+    for module in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    for one in (name, "linear_cross_entropy", "linear_cross_entropy forward"):
+        row = rows.ROWS[one]
+        peer = replace(row.peers["liger"], lacks=lambda case, p: "")
+        row = replace(row, peers={"torch": row.peers["torch"], "liger": peer})
+        case, candidates = op_rows.build(one, row, "cpu", FP32, "odd")
+        gate.check(case, candidates[2].prepare())
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_both_keeps_nothing(name):
+    """Each call runs the forward and the backward: of ours, and of the peer."""
+    row, runs = rows.ROWS[name], []
+
+    def counted(f, what):
+        return lambda *a: runs.append(what) or f(*a)
+
+    peer = row.peers["torch"]
+    peer = replace(peer, expression=counted(peer.expression, "peer"))
+    row = replace(row, save=counted(row.save, "forward"), call=counted(row.call, "backward"))
+    row = replace(row, peers={"torch": peer})
+    case, (ours, torch_) = op_rows.build(name, row, "cpu", FP32, "odd")
+    ours, torch_ = ours.prepare(), torch_.prepare()
+    for _ in range(2):
+        ours.run(case.inputs[0])
+        torch_.run(case.inputs[0])
+    assert runs == ["forward", "backward", "peer"] * 2
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_goes_on_when_timed_and_begins_anew_when_checked(name, dtype):
+    case, candidates = rows.case(name, "cpu", dtype, "odd")
+    checked = gate.Gate(case)
+    for one in candidates:
+        prepared = one.prepare()
+        assert prepared.changes_state
+        first, second = ([t.clone() for t in prepared.run(case.inputs[0])] for _ in range(2))
+        assert not any(map(torch.equal, first, second))
+        checked.check(prepared, one.factor)
+    assert not checked._restore(0)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +303,15 @@ def _one_row_off(mask):
     return torch.cat((rows_[:-1], rows_[-1:] + 1)), cu_seqlens, max_len
 
 
+def _decay_everywhere(*args):
+    step = reference_optimizer.Step(*args)
+    reference_optimizer.adamw_(*step._replace(weight_decays=[0.1, 0.1]))
+
+
+def _no_trust_ratio(*args):
+    reference_optimizer.adamw_(*args[:-1])
+
+
 WRONG = {
     "attention s128": ("attention", _whole_batch, "(o|lse)"),
     "attention mixed": ("attention", _lse_in_base_2, "lse"),
@@ -176,6 +327,9 @@ WRONG = {
     "bias_gelu": ("bias_gelu", lambda x, b, name: reference.bias_gelu(x, b, "relu"), "y"),
     "linear": ("linear", lambda x, w, b: reference.linear(x, w, None), "y"),
     "unpad": ("unpad", _one_row_off, "rows"),
+    "adamw_": ("adamw_", _decay_everywhere, "(param|master)"),
+    "lamb_": ("lamb_", _no_trust_ratio, "(param|master)"),
+    "grad_norm": ("grad_norm", lambda g, s: reference_optimizer.grad_norm(g[1:], s), "norm"),
 }
 
 
@@ -198,37 +352,63 @@ def test_a_wrong_peer_with_dropout_is_refused():
     row = replace(row, peers={**row.peers, "wrong": op_rows.Peer(wrong)})
     case, candidates = op_rows.build("wrong", row, "cpu", FP32, "odd")
     with pytest.raises(gate.RefusedError, match=r"^y: want"):
-        gate.check(case, candidates[2].prepare())
+        gate.check(case, candidates[-1].prepare())
 
 
 # --- bytes and FLOPs -----------------------------------------------------------------------------
 
 
 class Moved:
-    """The reference, which counts the bytes of the tensors its last call took and gave."""
+    """The reference, which adds up the bytes of the tensors its calls took and gave."""
+
+    def __init__(self):
+        self.bytes = 0
 
     def __getattr__(self, op):
         def call(*args):
-            out = getattr(reference, op)(*args)
+            out = getattr(op_rows.REFERENCES, op)(*args)
             given = out if isinstance(out, tuple) else (out,)
-            tensors = [t for t in (*args, *given) if isinstance(t, torch.Tensor)]
-            self.bytes = sum(t.nbytes for t in tensors)
+            flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
+            self.bytes += sum(t.nbytes for t in (*flat, *given) if isinstance(t, torch.Tensor))
             return out
 
         return call
 
 
-@pytest.mark.parametrize("name", [n for n in rows.names() if not n.startswith("embed")])
+KNOWN_OTHERWISE = [n for n in rows.names() if n.startswith("embed") or n in STEPS]
+
+
+@pytest.mark.parametrize("name", [n for n in rows.names() if n not in KNOWN_OTHERWISE])
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
 def test_bytes_are_those_of_what_the_op_takes_and_gives(name, dtype):
     case, _ = rows.case(name, "cpu", dtype, "small")
-    row, moved = rows.ROWS[name], Moved()
-    row.answers(moved, case.inputs[0], row.p)
-    host = 8 if row.p else 0  # of the seed
-    host += 8 if name == "unpad" else 0  # of max_len
+    row, moved, v = rows.ROWS[name], Moved(), case.inputs[0]
+    if row.direction == "both":
+        row.answers(moved, v, row.p)
+    else:
+        row.call(moved, v, row.p, row.save(op_rows.REFERENCES, v, row.p))
+    calls = 2 if name in BOTH else 1
+    host = 8 * calls if row.p else 0  # of the seed
+    host += 8 if row.op.startswith("unpad") else 0  # of max_len
     if row.op.startswith("attention"):
-        host += case.inputs[0]["work"].nbytes  # nothing beside the rows
+        host += calls * v["work"].nbytes  # nothing beside the rows
     assert case.work.bytes == moved.bytes - host
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
+def test_bytes_of_a_step_are_those_it_reads_and_writes(name, dtype):
+    case, _ = rows.case(name, "cpu", dtype, "small")
+    row = rows.ROWS[name]
+    _, args = row.save(None, case.inputs[0], 0.0)
+    step = reference_optimizer.Step(*args)
+    masters = [t for t in step.masters if t.numel()]
+    assert len(masters) == (len(step.params) if dtype == BF16 else 0)
+    updated = [*(masters or step.params), *step.exp_avgs, *step.exp_avg_sqs, *step.steps]
+    read, written = [*step.grads, *updated], [*updated, *(step.params if masters else [])]
+    assert case.work.bytes == sum(t.nbytes for t in (*read, *written))
+    large = row.work(2, 0.0, **row.sizes["large"])  # 28 bytes for each of 12.6 million
+    assert large.bytes == 28 * (12 * 1024**2 + 13 * 1024) + 8 * 12
 
 
 def test_bytes_of_the_embeddings_are_those_of_the_rows_looked_up():
@@ -247,24 +427,28 @@ def test_flops_are_those_of_the_matrix_products(name):
     row = rows.ROWS[name]
     saved = row.save(reference, case.inputs[0], row.p)
     with FlopCounterMode(display=False) as counter:
+        if row.direction == "both":
+            saved = row.save(reference, case.inputs[0], row.p)
         row.call(reference, case.inputs[0], row.p, saved)
     assert case.work.flops == counter.get_total_flops() > 0
 
 
-def test_full_sizes_are_those_of_the_targets():
-    def full(name):
+def test_sizes_of_a_gpu_are_those_of_the_targets():
+    def full(name, size="large"):
         row = rows.ROWS[name]
-        return row.work(2, row.p, **row.sizes["full"])
+        return row.work(2, row.p, **row.sizes[size])
 
     assert full("attention s512").flops == 4 * 512**2 * 64 * 16 * 32
     assert full("attention_bwd s512").flops == 10 * 512**2 * 64 * 16 * 32
-    assert full("linear").flops == 77_309_411_328
+    assert full("attention s512 fwd+bwd").flops == 14 * 512**2 * 64 * 16 * 32
+    assert full("linear", "base").flops == 77_309_411_328
     assert full("add_layer_norm").bytes == 4 * 2**26 + 2 * 2 * 1024 + 8 * 32768
+    assert full("linear_cross_entropy", "base").tokens == 2458
     assert full("unpad").tokens * 2 == full("unpad").slots == 65536
     for name in ("attention s128", "attention s256", "attention s512"):
         assert full(name).tokens == 16384
     mixed = full("attention mixed")
-    assert mixed.sequences == 64 and abs(mixed.tokens - 16384) < 1024
+    assert abs(mixed.sequences - 64) < 4 and abs(mixed.tokens - 16384) < 1024
 
 
 # --- pytest-benchmark ----------------------------------------------------------------------------

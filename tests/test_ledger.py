@@ -36,12 +36,12 @@ def test_best_of_two():
 
 
 def test_a_run_with_more_figures_or_goals_met_is_better():
-    times = {"attention s128": 100, "attention s128 dropout": 110}
+    times = {"attention s128, large": 100, "attention s128 dropout, large": 110}
     half = run({name: [row("bert_fast", ms)] for name, ms in times.items()})
-    times |= {"attention s512": 100, "attention s512 dropout": 170}
-    times["attention s128 dropout"] = 112
+    times |= {"attention s512, large": 100, "attention s512 dropout, large": 170}
+    times["attention s128 dropout, large"] = 112
     whole = run({name: [row("bert_fast", ms)] for name, ms in times.items()})
-    times |= {"attention s512 dropout": 150, "attention s128 dropout": 115}
+    times |= {"attention s512 dropout, large": 150, "attention s128 dropout, large": 115}
     both_met = run({name: [row("bert_fast", ms)] for name, ms in times.items()})
     assert cells("attention dropout", half, whole)[0].startswith("s 128: 12.0 %")
     assert cells("attention dropout", half, whole, both_met)[0].startswith("s 128: 15.0 %")
@@ -96,7 +96,7 @@ def test_other_machines_and_dtypes_do_not_fill_gpu_rows(environment, dtype):
 def test_a_cpu_run_fills_cpu_rows_only():
     every = {
         key: [row("bert_fast", 5)]
-        for key in (*(t.key for t in targets.END_TO_END), "attention s512", "cpu 1x128")
+        for key in (*(t.key for t in targets.END_TO_END), "attention s512, large", "cpu 1x128")
     }
     data = run(every, HOST, "fp32")
     filled = [key for key in TARGETS if cells(key, data)[0] != "not measured yet"]

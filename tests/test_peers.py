@@ -69,7 +69,7 @@ def test_a_batch_wider_than_its_longest_sequence(state, ours):
 
 def test_text_peers_give_our_answers_in_the_order_of_the_texts(state, ours):
     lengths = (5, 19, 1, 8, 8, 8, 8, 30, 2)  # two texts a batch: full batches and padded ones
-    texts = workload.texts(CONFIG, lengths, seed=4, pin=False, sample=4)
+    texts = workload.texts(CONFIG.vocab_size, lengths, seed=4, pin=False, sample=4)
     with torch.inference_mode():
         rows = [ours.bert(ids[None]).last_hidden_state[:, 0] for ids in texts.ids.split(lengths)]
     want = torch.cat(rows)
@@ -92,7 +92,7 @@ def test_sorted_texts_are_padded_less(state, monkeypatch):
         return padded
 
     monkeypatch.setattr(torch.nn.utils.rnn, "pad_sequence", spy)
-    texts = workload.texts(CONFIG, (5, 19, 1, 8, 30, 2), seed=4, pin=False)
+    texts = workload.texts(CONFIG.vocab_size, (5, 19, 1, 8, 30, 2), seed=4, pin=False)
     candidates = peers.text_peers(state, CONFIG, CPU, FP32, batch_size=2, full=False)
     by_name(candidates, "transformers sdpa padded").prepare().run(texts)
     assert widths == [19, 8, 30]
@@ -302,7 +302,7 @@ def test_all_compiled_peers_give_our_answers_side_by_side(state, ours):
     assert not outside(prepared.check(batch), training_answers(ours, batch))
     assert prepared.run(batch).isfinite()
     lengths = (5, 19, 1, 8, 8, 30, 2)
-    texts = workload.texts(CONFIG, lengths, seed=4, pin=False)
+    texts = workload.texts(CONFIG.vocab_size, lengths, seed=4, pin=False)
     candidates = peers.text_peers(state, CONFIG, CPU, FP32, batch_size=2, full=True)
     plain, compiled = (
         by_name(candidates, f"transformers sdpa {name}sorted").prepare().check(texts)

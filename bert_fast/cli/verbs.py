@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bert_fast.cli.bench import bench
 from bert_fast.cli.data import data
 from bert_fast.cli.options import (
     Debug,
@@ -50,6 +51,7 @@ convert = typer.Typer(
 )
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
