@@ -3,7 +3,7 @@
 #   PYTHON         the interpreter .venv is made from, 3.10 or newer
 #   TORCH          what pip installs as torch
 #   CONSTRAINTS    the pinned versions; with another torch than theirs: CONSTRAINTS=/dev/null
-#   OUT            where measurements go; CASE: which case make gpu-cases takes
+#   OUT            where measurements go; CASE: which case make gpu-cases takes, by its name
 #   TABLES         the launch rules that make gpu-tune measures; default all
 #   BERT_FAST_EXT  0 without the compiled extension, 1 with it; default 1 where a compiler works
 
@@ -33,7 +33,7 @@ TRY_COMPILER = echo '\#include <Python.h>' | $(COMPILER) -fopenmp -fsyntax-only 
 	-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)" - 2>/dev/null
 
 ifneq ($(filter gpu-cases,$(MAKECMDGOALS)),)
-$(if $(CASE),,$(error CASE: want the number of a case, as in make gpu-cases CASE=3))
+$(if $(CASE),,$(error CASE: want a case, as in make gpu-cases CASE=3; make gpu-cases CASE='*' takes all))
 endif
 
 .PHONY: help test test-long aot-table mutants demo lint gpu gpu-cases gpu-proof test-gpu gpu-tune cpu-table ledger ext sanitize clean
@@ -66,7 +66,7 @@ gpu: $(READY)  ## what a GPU machine can tell in under 9 minutes, into $(OUT)
 	$(MEASURE) gpu --out $(OUT)
 
 gpu-cases: $(READY)  ## one case of the targets against every peer and mode: make gpu-cases CASE=3
-	$(MEASURE) case $(CASE) --out $(OUT)
+	$(MEASURE) all --device cuda --case '$(CASE)' --out $(OUT)
 
 gpu-proof: $(READY)  ## the tests that run on the GPU, and NVIDIA's sanitizers over every op
 	$(MEASURE) proof --out $(OUT)
@@ -76,12 +76,13 @@ test-gpu: gpu-proof  ## gpu-proof, under the name the other tests have
 gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
 	$(MEASURE) tune $(TABLES) --out $(OUT)
 
-cpu-table: $(READY)  ## the table for CPUs: BERT-base beside its peers, fp32 and bf16, about 18 minutes
-	$(MEASURE) cpu --out $(OUT)
+cpu-table: $(READY)  ## ops, encoders and pre-training on the CPU beside their peers, about 50 minutes
+	$(MEASURE) all --device cpu --out $(OUT)
 
-ledger: $(INSTALLED)  ## write benchmarks/results/README.md and docs/performance.md from the results there
+ledger: $(INSTALLED)  ## write what is said of benchmarks/results: its README and report, docs/performance.md, README.md
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python benchmarks/report.py benchmarks/results --out benchmarks/results/report
 
 ext:  ## build the compiled extension again
 	rm -f $(EXTENSION)

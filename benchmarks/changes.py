@@ -5,7 +5,7 @@ compare.py says what the noise is made of, and prints it.
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from goals import OURS
@@ -13,6 +13,7 @@ from goals import OURS
 MACHINE_NOISE = 3.0  # percent: two runs of one commit, minutes apart, on 2 shared cores
 _ONE_CALL = 0.25  # relative: what the time of a single call may be off
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # t, 97.5 %; n = 2, 3, ... 9
+_LEAST_PEERS = 5  # so many at least make a scatter
 _NORMAL = 1.96  # the same quantile of the normal distribution
 # what does not say what was done
 _NO_FACTS = {"clocks", "pulse", "baseline", "checked", "limit", "family", "how"}
@@ -56,6 +57,19 @@ def drift(before: dict[str, Any], after: dict[str, Any], case: str) -> float:
         ceilings = [run.get("ceilings") or {} for run in (before, after)]
         rates = [(of.get("matmul_tflop_per_s") or {}).get("fp32") for of in ceilings]
     return abs(rates[1] / rates[0] - 1) if all(rates) else 0.0
+
+
+def scatter(changes: list["Change"]) -> float:
+    """Return by how much peers, whose code is the same, changed unlike each other: 2 deviations.
+
+    It is taken from the median of the distances to their median change, so that a few that moved
+    for a reason do not count, nor a change that all share. 0 with less than 5 peers.
+    """
+    logs = [math.log(one.ratio) for one in changes if not one.ours]
+    if len(logs) < _LEAST_PEERS:
+        return 0.0
+    middle = statistics.median(logs)
+    return math.expm1(2 * 1.4826 * statistics.median(abs(v - middle) for v in logs))
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -220,6 +234,13 @@ def compare(before: dict[str, Any], after: dict[str, Any], over: float) -> Compa
         took = _bytes(row), _bytes(now)
         if ours and all(took) and took[1] > took[0] * (1 + over):
             found.memory.append(f"{case}: {took[0] / 2**20:,.0f} to {took[1] / 2**20:,.0f} MiB")
+    kinds = {case: of.get("family") for case, of in before["cases"].items()}
+    for kind in set(kinds.values()):
+        of_kind = [one for one in found.changes if kinds[one.case] == kind]
+        wavers = max(machine, scatter(of_kind))
+        for i, one in enumerate(found.changes):
+            if kinds[one.case] == kind:
+                found.changes[i] = replace(one, machine=wavers)
     if not found.lost and not any(one.ours for one in found.changes):
         why = f" ({'; '.join(f'{case}: {why}' for case, why in found.others[:3])})"
         raise ValueError(

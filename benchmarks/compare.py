@@ -16,7 +16,9 @@ the code does not:
   single call, which says nothing of its spread, is taken to be off by up to 25 %.
 - **machine**: two runs differ by more than their calls do. Allowed is MACHINE_NOISE, or what the
   machine was seen to waver within a run, if that is more: the standard deviation, over the cases,
-  of the median rate of one fixed product that was timed before every round (the case's pulse).
+  of the median rate of one fixed product that was timed before every round (the case's pulse);
+  or the scatter of the peers of the same family, if that is most: their code is the same, so what
+  they changed by unlike each other (2 deviations about their median change) is the machine's.
 - **drift**: how much faster or slower that product was in the case's second run (in runs without
   a pulse: the ceiling of fp32 products). It widens what is allowed, both ways, and is never divided
   out: a machine that was 8 % slower allows 8 % more.

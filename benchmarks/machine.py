@@ -34,6 +34,7 @@ PACKAGES = (
     "sentence-transformers",
     "onnxruntime",
     "onnx",
+    "liger-kernel",
     "numpy",
 )
 VARIABLES = (

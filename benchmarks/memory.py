@@ -59,12 +59,6 @@ def of(case: str, candidate: str, small: bool, seconds: float) -> dict[str, int]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def is_of(case: str) -> bool:
-    """Return whether a case's memory is measured: not of ops, nor where only a trend is shown."""
-    module = suites.MODULES.get(suites.family_of(case))
-    return module is not None and not module.SPECS[case].few
-
-
 def _resident(name: str) -> int:
     """Return VmRSS, what is resident, or VmHWM, the most since the last reset, in bytes."""
     return int(re.search(rf"^{name}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1]) * 1024

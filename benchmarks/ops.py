@@ -1,11 +1,16 @@
 """A row for every registered op, with the bytes or FLOPs it must move.
 
+    python benchmarks/ops.py --device cpu|cuda
+
+is suite `kernels` of run.py, whose options it takes.
+
 A row is a call of an op at the widths of BERT-base or -large ("base", "large"), with as many tokens
 as its device is fit for; at sizes that a CPU does at once ("small"); or at odd ones ("odd"), where
 only the answers matter. Bytes count every tensor once that must be read or written, of a table only
 the rows that are looked up. FLOPs count matrix products alone.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -387,3 +392,9 @@ def case(
         size: "base", "large", "small" or "odd".
     """
     return CASES[name](device, dtype, size)
+
+
+if __name__ == "__main__":
+    from run import main
+
+    raise SystemExit(main(["kernels", *sys.argv[1:]]))

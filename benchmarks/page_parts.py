@@ -32,8 +32,10 @@ class Part:
         return self.place.dtype
 
 
-_TRANSFORMERS = {"transformers SDPA": CLASSES["transformers SDPA"]}
-_BOTH = _TRANSFORMERS | {"ONNX Runtime": CLASSES["ONNX Runtime"]}
+_TRANSFORMERS, _ONNX, _NESTED = (
+    {name: CLASSES[name]} for name in ("transformers SDPA", "ONNX Runtime", "nn.TransformerEncoder")
+)
+_ALL = _TRANSFORMERS | _ONNX | _NESTED
 _FULL, _SHARE = "{}, full", "{}, {} % filled"
 PARTS = (
     Part(
@@ -48,15 +50,16 @@ PARTS = (
         },
         "One forward of a padded batch with its mask, to hidden states. `onnxruntime` is the graph"
         " through ONNX Runtime's optimizer for transformers, `onnxruntime plain` the exported one"
-        " with what a session optimizes by itself.",
-        _BOTH,
+        " with what a session optimizes by itself. `nn.TransformerEncoder` is PyTorch's own encoder"
+        " in its fast path, whose layers work on nested tensors, without padding.",
+        _ALL,
     ),
     Part(
         "One sequence, by length",
         CPU,
         {f"cpu 1x{n}": _FULL.format(f"1 x {n}") for n in (32, 64, 128, 256, 512)},
         "BERT-base in fp32, a batch of one.",
-        _BOTH,
+        _ALL,
     ),
     Part(
         "By fill",
@@ -64,7 +67,7 @@ PARTS = (
         {f"cpu 8x128 {n}%": _SHARE.format("8 x 128", n) for n in (25, 50, 75)}
         | {"cpu 8x128": _FULL.format("8 x 128")},
         "BERT-base in fp32: the same shape with less and less padding.",
-        _BOTH,
+        _ALL,
     ),
     Part(
         "Lengths as in real data",
@@ -80,7 +83,7 @@ PARTS = (
         " to the longest; the tokens are random. GLUE: sentences and pairs of three of its tasks;"
         " SQuAD: questions with their paragraphs; Wikipedia: pairs for pre-training, at most 512"
         " tokens.",
-        _BOTH,
+        _ALL,
     ),
     Part(
         "Text in",
@@ -98,7 +101,7 @@ PARTS = (
         },
         "The same with the model in bf16, which is never the default on a CPU. A candidate may be"
         " off fp64 by twice what transformers' own bf16 is off, and by a fixed bound.",
-        _TRANSFORMERS,
+        _TRANSFORMERS | _NESTED,
     ),
     Part(
         "Pre-training of small models in fp32",

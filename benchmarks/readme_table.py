@@ -11,11 +11,12 @@ BEGIN = "<!-- measured: begin, made by benchmarks/performance.py -->"
 END = "<!-- measured: end -->"
 _WIDTH = 120
 _PARTS = tuple(p for p in PARTS if p.title.startswith("Encoder, BERT-base"))  # fp32 first
+_PEERS = tuple(_PARTS[0].against)
 _HEAD = (
-    "| batch x length | transformers (SDPA) | ONNX Runtime | bert_fast | against transformers"
-    " | against ONNX Runtime |\n|---|---|---|---|---|---|\n"
+    f"| batch x length | {' | '.join(_PEERS)} | bert_fast"
+    f"{''.join(f' | against {name}' for name in _PEERS)} |\n{'|---' * (2 + 2 * len(_PEERS))}|\n"
 )
-_NO_GPU = f"| anything on a GPU | {NOTHING} | | {NOTHING} | | |\n"
+_NO_GPU = f"| anything on a GPU | {NOTHING} | | | {NOTHING} | | | |\n"
 
 
 def replace(text: str, runs: Sequence[Kept]) -> str:
@@ -62,7 +63,8 @@ def _words(shown: Sequence[Shown]) -> str:
         f"BERT-base in {dtype}, unless a row says otherwise, on {of['device']}{reach}. With"
         f" {versions}; {'; '.join(sources)}. Medians of {least} calls or more, all candidates in"
         " turn, each checked against fp64 before and after. ONNX Runtime is the faster of two: with"
-        " and without its optimizer for transformers. Another processor has other ratios."
+        " and without its optimizer for transformers. `nn.TransformerEncoder`, PyTorch's own,"
+        " skips padding in its layers, too. Another processor has other ratios."
     )
 
 
@@ -76,7 +78,7 @@ def _row(shown: Shown, case: str) -> str:
     label = part.rows[case] + ("" if part is _PARTS[0] else f", {part.dtype}")
     ours = shown.rows.measured(case)["wall"]["p50"]
     times, ratios = [], []
-    for name in _PARTS[0].against:
+    for name in _PEERS:
         ratio = next((r for r, p in shown.ratios(case) if _PARTS[0].against[name](p)), None)
         times.append(_none(part, name) if ratio is None else f"{figure(1e3 * ratio * ours)} ms")
         ratios.append("" if ratio is None else f"{figure(ratio)}x")

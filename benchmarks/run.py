@@ -84,14 +84,14 @@ def stages_for(cases: list[Case], device: str) -> list[Stage]:
     few = device == "cuda" and len(whole) <= 3
     for name in whole:
         budget[name] = _CASES_WITHIN / len(whole) if few else _CASE_WITHIN[device]
-    if device == "cpu" and whole:
-        budget["memory"] = _MEMORY_WITHIN * len(whole)
+    if device == "cpu" and (n := sum(case["memory"] for case in cases)):
+        budget["memory"] = _MEMORY_WITHIN * n
     return [Stage(name, seconds) for name, seconds in budget.items()]
 
 
 def expected(cases: list[Case], stages: list[Stage]) -> dict[str, float]:
     """Return about how many seconds each step of a run takes, in order."""
-    known = _EXPECTED | {"memory": _MEMORY_EXPECTED * len(cases)}
+    known = _EXPECTED | {"memory": _MEMORY_EXPECTED * sum(case["memory"] for case in cases)}
     steps: dict[str, float] = {}
     for stage in stages:
         if stage.name == "kernels":

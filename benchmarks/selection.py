@@ -36,6 +36,10 @@ def cases(names: Sequence[str], asked: Sequence[str]) -> list[str]:
     return [name for name in names if name in found]
 
 
-def is_peer(candidate: str, asked: Sequence[str]) -> bool:
-    """Return whether a peer is asked for: by its name, by how it begins, or by "all"."""
-    return any(word in ("all", candidate) or _begins(candidate, word) for word in asked)
+def peers(names: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """Return the peers that are asked for: each by its name, or how it begins, or by "all"."""
+
+    def is_asked(name: str, word: str) -> bool:
+        return word in ("all", name) or (word not in names and _begins(name, word))
+
+    return [name for name in names if any(is_asked(name, word) for word in asked)]

@@ -117,11 +117,11 @@ def _built(context: Context, name: str) -> tuple[Case, list[Candidate]]:
     """Return a case and the candidates that were asked for, ours among them."""
     full = context.run.data["suite"] in SUITES
     case, candidates = suites.build(name, context.device, small=context.small, full=full)
+    peers = [candidate.name for candidate in candidates]
     if asked := context.run.data.get("asked", {}).get("peers"):
-        peers = [c.name for c in candidates if selection.is_peer(c.name, asked)]
-    else:
-        default = suites.chosen_by_default(name, context.device) if full else None
-        peers = [c.name for c in candidates] if default is None else default
+        peers = selection.peers(peers, asked)
+    elif full and (default := suites.chosen_by_default(name, context.device)) is not None:
+        peers = default
     return case, [c for c in candidates if c.name == OURS or c.name in peers]
 
 
@@ -144,7 +144,7 @@ def _memory(context: Context) -> None:
     rows = [
         (row["case"], row["candidate"])
         for row in run.data["rows"]
-        if row["state"] == "measured" and memory.is_of(row["case"])
+        if row["state"] == "measured" and suites.has_memory(row["case"])
     ]
     with ThreadPoolExecutor(2) as pool:  # most of each is imports and weights, on one core
         asked = {

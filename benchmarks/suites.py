@@ -79,13 +79,20 @@ def chosen_by_default(name: str, device: torch.device) -> tuple[str, ...] | None
     return tuple(p for p in module.CPU_PEERS if few is None or p in few)
 
 
+def has_memory(name: str) -> bool:
+    """Return whether a CPU's memory is measured: not of ops, nor where only a trend is shown."""
+    module = MODULES.get(family_of(name))
+    return module is not None and not module.SPECS[name].few
+
+
 def _described(name: str, device: str, small: bool) -> dict[str, Any]:
     """Return the name of a case, what it is, and about how long it takes."""
     family = family_of(name)
     if family == "kernels":
         row = ops.ROWS[name.partition(", ")[0]]
         seconds = 1.0 if small else _KERNEL_SECONDS[device]
-        return {"name": name, "family": family, "what": row.op, "seconds": seconds}
+        found = {"name": name, "family": family, "what": row.op, "seconds": seconds}
+        return found | {"memory": False}
     spec = MODULES[family].SPECS[name]
     dtype = encoder.dtype_of(spec, torch.device(device))
     lengths = spec.small if small else spec.lengths
@@ -103,7 +110,8 @@ def _described(name: str, device: str, small: bool) -> dict[str, Any]:
         seconds += calls * flops / _CPU_RATE / (2 if spec.few else 1)
     elif not small:
         seconds = 150.0
-    return {"name": name, "family": family, "what": what, "seconds": round(seconds, 1)}
+    found = {"name": name, "family": family, "what": what, "seconds": round(seconds, 1)}
+    return found | {"memory": has_memory(name)}
 
 
 def main() -> int:

@@ -27,6 +27,11 @@ def is_varlen(name: str) -> bool:
     return name.startswith(("varlen_attn", "flash varlen"))
 
 
+def is_nested(name: str) -> bool:
+    """Say whether that peer is PyTorch's encoder, which pads nothing in its layers."""
+    return name == "nn.TransformerEncoder"
+
+
 def is_sorted(name: str) -> bool:
     """Say whether that peer pads, after sorting the texts by length."""
     return not is_varlen(name) and name.endswith(" sorted")
@@ -34,7 +39,7 @@ def is_sorted(name: str) -> bool:
 
 def is_padded(name: str) -> bool:
     """Say whether that peer pads what it is given."""
-    return not is_varlen(name) and not is_sorted(name)
+    return not (is_varlen(name) or is_sorted(name) or is_nested(name))
 
 
 def is_compiled(name: str) -> bool:
@@ -68,6 +73,7 @@ CLASSES = {
     "eager PyTorch": lambda name: name == "torch",
     "ONNX Runtime": lambda name: name.startswith("onnxruntime"),
     "transformers SDPA": lambda name: name == "transformers sdpa",
+    "nn.TransformerEncoder": is_nested,
 }
 
 

@@ -12,7 +12,7 @@ import checkout  # noqa: F401
 import stock_bert
 import torch
 import workload
-from gate import Candidate, Outputs, Prepared
+from gate import AbsentError, Candidate, Outputs, Prepared
 from torch import Tensor
 from workload import Texts
 
@@ -109,7 +109,10 @@ def _sentence_transformer(
 ) -> Prepared:
     """Return sentence-transformers with its defaults: sorted by length, padded batches of 32."""
     library = stock_bert.need("sentence_transformers")
-    modules = stock_bert.need("sentence_transformers.models")
+    try:
+        modules = stock_bert.need("sentence_transformers.sentence_transformer.modules")
+    except AbsentError:  # before 6
+        modules = stock_bert.need("sentence_transformers.models")
     with tempfile.TemporaryDirectory() as folder:
         model(state, config, torch.device("cpu"), torch.float32).save_pretrained(folder)
         tokenizer().save_pretrained(folder)

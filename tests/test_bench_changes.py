@@ -142,3 +142,15 @@ def test_the_noise_is_put_together_as_it_is_said():
     for share, verdict in ((0.98, "within noise"), (1.02, "faster")):
         after = slower(before, 1 / (1 + share * one.noise))
         assert verdicts(before, after, 0.1) == {"cpu 1x128": verdict}
+
+
+def test_peers_that_change_unlike_each_other_are_the_machine_s_noise():
+    def one(candidate, ratio):
+        return changes.Change("a", candidate, (1.0, ratio), 0.0, 0.0, 0.0, 0.05)
+
+    same = [one(f"peer {i}", 1.2) for i in range(9)]
+    assert changes.scatter(same) == 0 == changes.scatter([*same[:4], one("bert_fast", 9.0)])
+    moved = [one(f"peer {i}", 1.2 * 1.1**i) for i in range(-4, 5)]
+    assert changes.scatter(moved) == pytest.approx(1.1 ** (2 * 1.4826 * 2) - 1)
+    wild = [*same, one("peer", 7.0)]
+    assert changes.scatter(wild) == 0

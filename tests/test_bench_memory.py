@@ -4,10 +4,10 @@ import json
 import os
 from types import SimpleNamespace
 
-import encoder
 import memory
 import pytest
 import stages
+import suites
 from bench_cases import CPU, start
 from record import ROOT
 
@@ -65,6 +65,7 @@ def test_what_was_measured_gets_its_memory_and_the_rest_none(monkeypatch, tmp_pa
         [("bert_fast", "measured"), ("slow", "measured"), ("wrong", "refused"), ("b", "measured")]
     ):
         one.put("cpu 8x128", name, state=state, why="", wall={"p50": i + 1.0})
+    one.put("cpu glue", "bert_fast", state="measured", why="", wall={"p50": 1.0})  # a trend
     asked = []
 
     def of(case, candidate, small, seconds):
@@ -76,7 +77,9 @@ def test_what_was_measured_gets_its_memory_and_the_rest_none(monkeypatch, tmp_pa
     monkeypatch.setattr(memory, "of", of)
     stages.perform("memory", context(one))
     assert sorted(asked) == [("cpu 8x128", name, True) for name in ("b", "bert_fast", "slow")]
-    rows = {row["candidate"]: row for row in json.loads(one.path.read_text())["rows"]}
+    rows = json.loads(one.path.read_text())["rows"]
+    assert "memory" not in rows[-1]
+    rows = {row["candidate"]: row for row in rows[:-1]}
     got = {name: row.get("memory") for name, row in rows.items()}
     assert got["bert_fast"] == got["b"] == dict.fromkeys(PARTS, 2**20)
     assert got["slow"] is None and got["wrong"] is None
@@ -93,8 +96,11 @@ def test_a_row_of_the_table_has_the_peers_it_names(monkeypatch, tmp_path, row):
         seen.update(names=[c.name for c in candidates], case=case.name, **how)
 
     monkeypatch.setattr(stages.harness, "measure", measure)
-    stages.perform(row, context(start(tmp_path)))
-    module = encoder if row in encoder.SPECS else stages.pretraining
-    assert seen["names"][0] == "bert_fast" and set(seen["names"][1:]) == set(module.CPU_PEERS)
+    one = start(tmp_path)
+    one.data["suite"] = "all"
+    stages.perform(row, context(one))
+    module = suites.MODULES[suites.family_of(row)]
+    peers = set(module.CPU_PEERS) - {"sentence-transformers"}
+    assert seen["names"][0] == "bert_fast" and set(seen["names"][1:]) == peers
     assert seen["case"] == row and (seen["rounds"], seen["least"]) == (3, 1)
     assert str(ROOT) not in (tmp_path / "run.json").read_text()

@@ -10,6 +10,7 @@ import memory
 import pretraining
 import pytest
 import stages
+import text_in
 import torch
 from bench_cases import planted
 from gate import Gate, RefusedError
@@ -36,12 +37,16 @@ def test_ours_is_right_and_the_case_says_what_it_is(name):
     prepared = ours.prepare()
     error = Gate(case).check(prepared)
     assert error["share"] <= 1 and error["baseline_name"] == "transformers eager"
-    assert prepared.notes["ops"]["unpad"] in ("csrc", "reference")
+    if case.facts.get("input") != "texts":
+        assert prepared.notes["ops"]["unpad"] in ("csrc", "reference")
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_peer_is_there(name):
     short, full = ([c.name for c in small(name, full=f)[1]] for f in (False, True))
+    if MODULES[name].SPECS[name].kind == "texts":
+        assert short == full == ["bert_fast", "sentence-transformers"]
+        return
     assert len(set(full)) == len(full) > len(short) >= 3
     assert set(short) <= set(full)
     assert any("sdpa" in n for n in short) and any("varlen" in n for n in short)
@@ -114,7 +119,7 @@ def test_a_case_alone_is_that_of_the_list():
         module = MODULES[name]
         case, candidates = small(name, full=True)
         names = [c.name for c in candidates]
-        assert set(module.CPU_PEERS) <= set(names)
+        assert set(module.CPU_PEERS) - {"sentence-transformers"} <= set(names)
         prepared, inputs = memory.alone(name, "bert_fast", small=True)
         assert torch.equal(inputs.input_ids, case.inputs[0].input_ids)
         assert Gate(case).check(prepared)["share"] <= 1
@@ -131,6 +136,8 @@ def test_rows_say_which_library_and_instructions_ran():
     assert notes["cpu_library_ms"] == products.cpu_library_times()
     assert notes["extension"] == (why if loaded is None else loaded.cpu_capability())
     assert "cpu_library" not in bf16.prepare().notes  # in bf16 there is no choice
+    _, (ours, *_) = small("cpu mini wikipedia")
+    assert ours.prepare().notes["optimizer"] == "bert_fast.train.optim.LAMB"
     _, (ours, sdpa, *_) = small("cpu mini 32x128")
     assert ours.prepare().notes["optimizer"] == "bert_fast.train.optim.AdamW"
     assert sdpa.prepare().notes["optimizer"] == "torch.optim.AdamW, fused"
@@ -138,7 +145,7 @@ def test_rows_say_which_library_and_instructions_ran():
 
 def test_lengths_are_those_of_the_goals():
     def lengths(name):
-        return encoder.SPECS[name].lengths(7)
+        return MODULES[name].SPECS[name].lengths.draw(7)
 
     for name, shape in (("case 3", (128, 128)), ("case 4", (128, 384)), ("cpu 2x512", (2, 512))):
         assert lengths(name) == [shape[1]] * shape[0]
@@ -150,10 +157,13 @@ def test_lengths_are_those_of_the_goals():
         got = lengths(name)
         assert len(got) == n and max(got) == high and min(got) >= 2
         assert abs(sum(got) / (n * high) - fill) < 1e-3
-        assert got != encoder.SPECS[name].lengths(8)
+        assert got != encoder.SPECS[name].lengths.draw(8)
     texts = lengths("case 5")
     assert len(texts) == 8192 and min(texts) >= 16 and max(texts) <= 512
     assert abs(sum(texts) / 8192 - 256) < 5
+    assert sum(lengths("case 9")) == 32 * 254 and max(lengths("case 9")) == 512
+    squad = lengths("case 6")
+    assert max(squad) <= 384 and abs(sum(squad) / len(squad) - 177) < 3
 
 
 def test_flops_are_those_that_are_counted():
@@ -197,3 +207,21 @@ def test_a_stage_that_is_not_there_is_refused(tmp_path):
     run = Run.start(tmp_path / "run.json", "test", "test")
     with pytest.raises(ValueError, match="got 'breakfast'"):
         stages.perform("breakfast", stages.Context(run, CPU, True, float("inf")))
+
+
+@pytest.mark.parametrize("name", ["cpu 16x128 33%", "cpu 8x128", "cpu text"])
+def test_peers_that_pad_nothing_or_take_texts_give_the_right_answers(name):
+    case, candidates = small(name, full=True)
+    gate = Gate(case)
+    (peer,) = (
+        c for c in candidates if c.name in ("nn.TransformerEncoder", "sentence-transformers")
+    )
+    assert gate.check(peer.prepare())["share"] <= 1
+
+
+def test_texts_have_the_tokens_that_their_ids_are():
+    case, _ = small("cpu text")
+    texts = case.inputs[0]
+    ids = text_in.tokenizer()(list(texts.lines))["input_ids"]
+    assert [len(one) for one in ids] == list(texts.lengths)
+    assert [i for one in ids for i in one] == texts.ids.tolist()

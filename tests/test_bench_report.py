@@ -420,3 +420,18 @@ def test_markdown_and_page_say_the_same_words(full):
 
 def test_a_word_of_markdown_is_escaped_only_where_it_would_be_taken_for_one():
     assert report_page.plain("a_b _c_") == "a_b \\_c\\_"
+
+
+# --- the one of this repository ------------------------------------------------------------------
+
+KEPT = ledger.RESULTS / "report"
+
+
+def test_the_report_of_this_repository_is_what_its_results_say():
+    """`make ledger` writes it; pictures depend on matplotlib's version, the words do not."""
+    files = report.build(report_cases.read([ledger.RESULTS]))
+    assert (KEPT / "report.md").read_text("utf-8") == files["report.md"].decode()
+    there = {path.relative_to(KEPT).as_posix() for path in KEPT.rglob("*") if path.is_file()}
+    assert there == set(files)
+    page = Page((KEPT / "index.html").read_text("utf-8"))
+    assert page.words == Page(files["index.html"].decode()).words

@@ -7,12 +7,10 @@ import time
 from pathlib import Path
 
 import builds
-import encoder
-import pretraining
 import proof
 import pytest
 import run
-import targets
+import selection
 import torch
 import tunables
 from bench_cases import CPU, start
@@ -26,93 +24,105 @@ def main(monkeypatch, *argv):
     return run.main()
 
 
+LISTED = {
+    "kernels": ["layer_norm, base", "layer_norm, large"],
+    "encoder": ["cpu 1x128", "cpu 8x128", "cpu 8x128 bf16", "cpu glue"],
+    "pretraining": ["cpu mini 32x128"],
+}
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Cases without torch; returns what was asked for."""
+    asked = []
+
+    def listed(suite, device, small):
+        asked.append((suite, device, small))
+        families = [suite] if suite != "all" else [*LISTED]
+        return [
+            {"name": name, "family": family, "what": "made up", "seconds": 10.0}
+            | {"memory": family != "kernels"}
+            for family in families
+            for name in LISTED[family]
+        ]
+
+    monkeypatch.setattr(run, "listed", listed)
+    return asked
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["case", "11"], "got 11"),
-        (["case"], "got none"),
-        (["case", "1", "2"], "got 1 2"),
-        (["cpu", "1x129"], "cpu: want rows of 1x128, 8x128, 2x512, 16x128 33%, 8x512 46%, 8x128 "),
-        (["cpu", "mini"], "16x128 33% bf16, mini 32x128, small 32x128, got mini"),
-        (["cpu", "1x128", "x"], "got 1x128 x"),
+        (["encoder", "--case", "1x129"], "--case: want one of cpu 1x128, cpu 8x128, cpu 8x128 "),
+        (["encoder", "1x128"], "encoder: want no more arguments, got 1x128"),
+        (["encoder", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["gpu", "3"], "gpu: want no more arguments, got 3"),
+        (["gpu", "--case", "3"], "gpu: it has one form"),
+        (["proof", "--small"], "proof: it has one form"),
         (["proof", "tests"], "proof: want no more arguments, got tests"),
         (["tune", "gelu.FWD_TILES", "gelu"], "tune: want attention.SHORT, attention.LONG, "),
-        (["all"], "invalid choice"),
+        (["cpu"], "invalid choice"),
         ([], "required: suite"),
     ],
 )
-def test_wrong_arguments(monkeypatch, capsys, tmp_path, argv, message):
+def test_wrong_arguments(monkeypatch, capsys, tmp_path, listed, argv, message):
     with pytest.raises(SystemExit) as end:
         main(monkeypatch, *argv, "--out", str(tmp_path))
     assert end.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
 
 
-def test_the_case_that_is_not_built_yet_says_so(monkeypatch, capsys, tmp_path):
-    assert main(monkeypatch, "case", "9", "--out", str(tmp_path)) == 0
-    assert "case 9 is absent: it wants LAMB" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_stages():
+def test_stages_for_a_gpu():
     gpu = run.stages_of("gpu", [])
     assert [stage.name for stage in gpu][:2] == ["build", "machine"]
     assert {"smoke", "ops", "case 3", "case 5", "case 8"} <= {stage.name for stage in gpu}
     assert sum(stage.seconds for stage in gpu) <= 9 * 60 - 10  # the grace of the last one
-    for suite in ("case", "proof"):
-        assert sum(stage.seconds for stage in run.stages_of(suite, ["3"])) <= 600 - 10
+    assert sum(stage.seconds for stage in run.stages_of("proof", [])) <= 600 - 10
     tune = run.stages_of("tune", [])
     assert [s.name for s in tune][:3] == ["machine", "tune compile", "tune attention.SHORT"]
     assert sum(s.seconds for s in tune) <= 9 * 60 - 10 and min(s.seconds for s in tune) >= 15
     few = run.stages_of("tune", ["gelu.FWD_TILES"])
     assert [s.name for s in few] == ["machine", "tune compile", "tune gelu.FWD_TILES"]
-    assert [s.name for s in run.stages_of("case", ["10"])][-1] == "case 10 in full"
-    assert [s.name for s in run.stages_of("cpu", ["1x128"])] == ["machine", "cpu 1x128", "memory"]
-    table = [s.name for s in run.stages_of("cpu", [])]
-    assert table == ["machine", *(f"cpu {row}" for row in run.CPU_TABLE), "memory"]
-    fp32 = [row for row in run.CPU_TABLE if not row.endswith("bf16")]
-    assert [f"cpu {row}" for row in fp32] == [target.key for target in targets.CPU_ROWS]
-    rows = {f"cpu {row}" for row in (*run.CPU_TABLE, *run.CPU_TRAINING)}
-    specs = {*encoder.SPECS, *pretraining.SPECS}
-    assert rows == {name for name in specs if name.startswith("cpu ")}
+
+
+def test_stages_of_the_suites(listed):
+    def stages(suite, device):
+        return run.stages_for(run.listed(suite, device, False), device)
+
+    names = [stage.name for stage in stages("all", "cpu")]
+    assert names == ["machine", "kernels", *LISTED["encoder"], "cpu mini 32x128", "memory"]
+    assert [stage.name for stage in stages("kernels", "cpu")] == ["machine", "kernels"]
+    assert [stage.name for stage in stages("kernels", "cuda")] == ["build", "machine", "kernels"]
+    one = run.stages_for(run.listed("pretraining", "cuda", False), "cuda")
+    assert [stage.name for stage in one] == ["build", "machine", "cpu mini 32x128"]
+    assert sum(stage.seconds for stage in one) <= 600 - 10  # what a lent machine gives a command
+    steps = run.expected(run.listed("all", "cpu", False), stages("all", "cpu"))
+    assert [*steps][:3] == ["machine", "layer_norm, base", "layer_norm, large"]
+    assert "kernels" not in steps and all(seconds > 0 for seconds in steps.values())
 
 
 @pytest.mark.parametrize(
-    ("module", "argv", "started"),
+    ("argv", "gpu", "small", "on", "name"),
     [
-        (encoder, ["--device", "cpu"], [["cpu"]]),
-        (encoder, ["--device", "cpu", "1x128", "8x128 bf16"], [["cpu", "1x128", "8x128 bf16"]]),
-        (encoder, ["--device", "cuda"], [["case", number] for number in "1234567"]),
-        (pretraining, ["--device", "cpu"], [["cpu", *run.CPU_TRAINING]]),
-        (pretraining, ["--device", "cpu", "mini 32x128"], [["cpu", "mini 32x128"]]),
-        (pretraining, ["--device", "cuda"], [["case", "8"], ["case", "10"]]),
-        (pretraining, ["--device", "cuda", "8", "--out", "x"], [["case", "8", "--out", "x"]]),
+        (["gpu"], False, True, "cpu", "gpu-2"),
+        (["gpu"], True, False, "cuda", "gpu-2"),
+        (["tune", "gelu.FWD_TILES"], False, True, "cpu", "tune-gelu.FWD_TILES-2"),
+        (["tune"], True, False, "cuda", "tune-2"),
+        (["encoder", "--case", "8x128 bf16"], False, False, "cpu", "encoder-8x128-bf16-2"),
+        (["encoder", "--device", "cpu", "--case", "glue"], True, False, "cpu", "encoder-glue-2"),
+        (["all", "--device", "cuda"], False, True, "cpu", "all-2"),
+        (["kernels"], True, False, "cuda", "kernels-2"),
+        (["kernels", "--small", "--peers", "none"], False, True, "cpu", "kernels-2"),
     ],
 )
-def test_a_file_of_cases_starts_their_runs(monkeypatch, module, argv, started):
-    calls, statuses = [], iter([0, 1, *[0] * 9])
-    monkeypatch.setattr(run, "main", lambda argv: calls.append(argv) or next(statuses))
-    assert module.main(argv) == int(len(started) > 1)  # the worst of them
-    assert calls == started
+def test_a_run_says_what_it_is(monkeypatch, capsys, tmp_path, listed, argv, gpu, small, on, name):
+    commands, noted = [], []
 
-
-@pytest.mark.parametrize(
-    ("argv", "gpu", "rehearsal", "name"),
-    [
-        (["gpu"], False, True, "gpu-2"),
-        (["gpu"], True, False, "gpu-2"),
-        (["case", "10"], False, True, "case-10-2"),
-        (["cpu", "16x128 33%"], True, False, "cpu-16x128-33-2"),
-        (["tune", "gelu.FWD_TILES"], False, True, "tune-gelu.FWD_TILES-2"),
-        (["tune"], True, False, "tune-2"),
-    ],
-)
-def test_a_run_says_what_it_is(monkeypatch, capsys, tmp_path, argv, gpu, rehearsal, name):
-    commands = []
-
-    def supervise(path, stages, command):
+    def supervise(path, stages, command, note):
         commands.extend(command(stage, 12.5, 7) for stage in stages)
+        noted.extend(stages)
+        for stage in stages:
+            note(stage.name)
         return 0
 
     monkeypatch.setattr(run, "has_gpu", lambda: gpu)
@@ -121,19 +131,29 @@ def test_a_run_says_what_it_is(monkeypatch, capsys, tmp_path, argv, gpu, rehears
     (path,) = tmp_path.iterdir()
     data = json.loads(path.read_text())
     assert path.name.startswith(name) and path.suffix == ".json"
-    assert data["rehearsal"] is rehearsal and data["suite"] == argv[0]
-    assert data["command"].startswith(f"python benchmarks/run.py {argv[0]}")
+    assert data["rehearsal"] is small and data["suite"] == argv[0]
     assert str(tmp_path) not in data["command"]
+    if argv[0] in selection.SUITES:
+        asked = "cuda" if "cuda" in argv or on == "cuda" else "cpu"
+        assert listed == [(argv[0], asked, small)]
+        assert data["command"].startswith(f"bert-fast bench {argv[0]} --device {asked}")
+        assert ("--small" in data["command"]) is small
+        peers = [argv[argv.index("--peers") + 1]] if "--peers" in argv else []
+        assert data["asked"]["peers"] == peers
+        if "--case" in argv:
+            assert data["asked"]["cases"] == [f"cpu {argv[argv.index('--case') + 1]}"]
+    else:
+        assert data["command"] == " ".join(["python benchmarks/run.py", *argv])
     if argv[0] == "tune":
         assert data["tune"] == {"asked": argv[1:] or tunables.tables()}
     said = capsys.readouterr().out
-    assert ("Nothing of it is a result" in said) is rehearsal
-    assert ("to keep it" in said) is not rehearsal
-    for found, stage in zip(commands, run.stages_of(argv[0], argv[1:]), strict=True):
+    assert ("othing of it is a result" in said) is small
+    assert ("to keep it" in said) is not small
+    for found, stage in zip(commands, noted, strict=True):
         assert found[2:5] == [str(BENCHMARKS / "stages.py"), stage.name, str(path)]
-        assert found[found.index("--device") + 1] == ("cuda" if gpu and argv[0] != "cpu" else "cpu")
+        assert found[found.index("--device") + 1] == on
         assert found[found.index("--until") + 1] == "12.5"
-        assert found[found.index("--heart") + 1] == "7" and ("--small" in found) is rehearsal
+        assert found[found.index("--heart") + 1] == "7" and ("--small" in found) is small
 
 
 # --- builds --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,23 @@ def test_pretraining_runs(tmp_path, monkeypatch, capsys):
     assert from_pretrained("runs/tiny/checkpoints/step-00000003").num_parameters() > 5e5
 
 
-ALONE = [c for c in commands() if c.startswith("bert-fast ") and c not in TRAINING]
+BENCH = [c for c in commands() if c.startswith("bert-fast bench ")]
+
+
+@pytest.mark.parametrize("command", BENCH)
+def test_measuring_runs(command, tmp_path, monkeypatch, capfd):
+    """In small, and on what the repository has of results."""
+    monkeypatch.chdir(tmp_path)
+    results = ROOT / "benchmarks" / "results"
+    shutil.copytree(results, "build/benchmarks", ignore=shutil.ignore_patterns("pre*", "report"))
+    for name in ("before.json", "after.json"):
+        shutil.copy(max(results.glob("*/*.json")), name)
+    small = ["--small", "--out", "runs"] if "--case" in command else []
+    assert cli.main([*shlex.split(command)[1:], *small]) == 0, capfd.readouterr().err
+    assert len([*Path().glob("runs/*.json")]) == len(small) // 3
+
+
+ALONE = [c for c in commands() if c.startswith("bert-fast ") and c not in TRAINING + BENCH]
 
 
 @pytest.mark.parametrize("command", ALONE)

@@ -95,6 +95,16 @@ def test_stages_past_their_deadline_and_broken_ones(path, capfd):
     assert "--- deaf (2 of 4" in log and "hanging ≥ 1 s" in log and log == capfd.readouterr().out
 
 
+def test_it_tells_which_case_is_under_way(path):
+    noted = []
+    stages = [Stage("good", 60), Stage("talks", 60)]
+    assert supervise.supervise(path, stages, command, noted.append) == 0
+    assert list(dict.fromkeys(noted)) == ["good", "talks"]
+    noted.clear()
+    supervise.supervise(path, [Stage("deaf", 1.5)], command, noted.append)
+    assert list(dict.fromkeys(noted)) == ["deaf", "case x"]
+
+
 def test_a_candidate_that_hangs_beyond_its_limit_is_killed_and_the_others_go_on(path, monkeypatch):
     monkeypatch.setattr(supervise, "_GRACE", 0.3)
     begin = time.monotonic()
