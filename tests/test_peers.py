@@ -185,6 +185,7 @@ def test_every_peer_is_in_the_list_on_every_machine(state, device, hidden_packag
     varlen = {"varlen_attn", "varlen_attn compile"}
     names = [c.name for c in peers.encoder_peers(*what, full=True)]
     assert set(names) == RUN_ANYWHERE | backends | modes | varlen | {
+        "nn.TransformerEncoder",
         "onnxruntime",
         "onnxruntime plain",
     }
