@@ -19,6 +19,10 @@ VERBS = (
     *(["convert", "from-tf"], ["convert", "to-hf"], ["convert", "legacy-names"]),
     *(["data", "vocab"], ["data", "prepare"], ["data", "inspect"]),
 )
+GROUPS = (["convert"], ["data"], ["bench"])
+BENCH = [  # test_cli_bench.py runs them
+    ["bench", name] for name in ("kernels", "encoder", "pretraining", "all", "report", "compare")
+]
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 # --- help ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [[], ["convert"], ["data"], *VERBS], ids=" ".join)
+@pytest.mark.parametrize("verb", [[], *GROUPS, *VERBS, *BENCH], ids=" ".join)
 def test_help_is_readable(verb, capfd, monkeypatch):
     """In 80 columns, without colours, with every option explained."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -50,19 +50,6 @@ def said(capfd, *arguments):
 # --- help ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_is_readable(verb, capfd, monkeypatch):
-    """In 80 columns, with every option explained and no line cut."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("NO_COLOR", "1")
-    arguments = ["bench", *filter(None, [verb])]
-    status, out, err = call(capfd, *arguments, "--help")
-    assert status == 0 and not err and "\x1b" not in out
-    assert out.startswith(f"Usage: {' '.join(['bert-fast', *arguments])} ")
-    assert max(map(len, out.splitlines())) <= 80 and "..." not in out.partition("Commands:")[2]
-    assert call(capfd, *arguments, "-h") == (0, out, "")
-
-
 def test_the_group_is_said_in_whole(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = call(capfd, "--help")[1]

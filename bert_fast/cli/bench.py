@@ -70,86 +70,59 @@ Out = Annotated[
 ]
 
 
-@bench.command(
-    epilog=example(
-        "bert-fast bench kernels --list",
-        "bert-fast bench kernels --case layer_norm --small --out runs",
-    )
-)
-def kernels(
-    device: On = Where.auto,
-    case: Cases = None,
-    peers: Peers = None,
-    small: Small = False,
-    list: List = False,
-    out: Out = None,
-    debug: Debug = False,
-) -> None:
-    """Measure each op alone, beside PyTorch's.
+def _suite(name: str, words: str, *examples: str) -> None:
+    """Make the command that measures a suite.
 
-    Forward and backward, with its rate as a share of what this machine was seen to reach. Wrong
-    answers are never timed.
+    Args:
+        name: of the suite, and of the command.
+        words: its help.
+        examples: of its use.
     """
-    _measure("kernels", device, case, peers, small, list, out)
+
+    def command(
+        device: On = Where.auto,
+        case: Cases = None,
+        peers: Peers = None,
+        small: Small = False,
+        list: List = False,
+        out: Out = None,
+        debug: Debug = False,
+    ) -> None:
+        options = [f"--device={device.value}"]
+        options += [f"--case={name}" for name in case or ()]
+        options += [f"--peers={name}" for name in peers or ()]
+        options += [word for word, on in (("--small", small), ("--list", list)) if on]
+        options += [] if out is None else [f"--out={out}"]
+        _run("run.py", name, *options)
+
+    bench.command(name, help=words, epilog=example(*examples))(command)
 
 
-@bench.command(
-    epilog=example(
-        "bert-fast bench encoder --list",
-        "bert-fast bench encoder --case 1x128 --peers onnxruntime --small --out runs",
-    )
+_suite(
+    "kernels",
+    "Measure each op alone, beside PyTorch's.\n\nForward and backward, with its rate as a share of"
+    " what this machine was seen to reach. Wrong answers are never timed.",
+    "bert-fast bench kernels --list",
+    "bert-fast bench kernels --case layer_norm --small --out runs",
 )
-def encoder(
-    device: On = Where.auto,
-    case: Cases = None,
-    peers: Peers = None,
-    small: Small = False,
-    list: List = False,
-    out: Out = None,
-    debug: Debug = False,
-) -> None:
-    """Measure inference of whole models beside others.
-
-    These are of transformers, ONNX Runtime and more. All candidates of a case take turns. Wrong
-    answers are never timed.
-    """
-    _measure("encoder", device, case, peers, small, list, out)
-
-
-@bench.command(
-    epilog=example(
-        "bert-fast bench pretraining --list",
-        "bert-fast bench pretraining --case small --peers none --small --out runs",
-    )
+_suite(
+    "encoder",
+    "Measure inference of whole models beside others.\n\nThese are of transformers, ONNX Runtime"
+    " and more. All candidates of a case take turns. Wrong answers are never timed.",
+    "bert-fast bench encoder --list",
+    "bert-fast bench encoder --case 1x128 --peers onnxruntime --small --out runs",
 )
-def pretraining(
-    device: On = Where.auto,
-    case: Cases = None,
-    peers: Peers = None,
-    small: Small = False,
-    list: List = False,
-    out: Out = None,
-    debug: Debug = False,
-) -> None:
-    """Measure a step of pre-training beside transformers.
-
-    Loss and gradients are checked first.
-    """
-    _measure("pretraining", device, case, peers, small, list, out)
-
-
-@bench.command("all", epilog=example("bert-fast bench all --list"))
-def everything(
-    device: On = Where.auto,
-    case: Cases = None,
-    peers: Peers = None,
-    small: Small = False,
-    list: List = False,
-    out: Out = None,
-    debug: Debug = False,
-) -> None:
-    """Measure kernels, encoder and pre-training in one run."""
-    _measure("all", device, case, peers, small, list, out)
+_suite(
+    "pretraining",
+    "Measure a step of pre-training beside transformers.\n\nLoss and gradients are checked first.",
+    "bert-fast bench pretraining --list",
+    "bert-fast bench pretraining --case small --peers none --small --out runs",
+)
+_suite(
+    "all",
+    "Measure kernels, encoder and pre-training in one run.",
+    "bert-fast bench all --list",
+)
 
 
 @bench.command(epilog=example("bert-fast bench report results --out report"))
@@ -199,23 +172,6 @@ def compare(
 
 
 # --- running them --------------------------------------------------------------------------------
-
-
-def _measure(
-    suite: str,
-    device: Where,
-    cases: list[str] | None,
-    peers: list[str] | None,
-    small: bool,
-    listed: bool,
-    out: Path | None,
-) -> None:
-    options = [f"--device={device.value}"]
-    options += [f"--case={name}" for name in cases or ()]
-    options += [f"--peers={name}" for name in peers or ()]
-    options += [name for name, on in (("--small", small), ("--list", listed)) if on]
-    options += [] if out is None else [f"--out={out}"]
-    _run("run.py", suite, *options)
 
 
 def _benchmarks() -> Path:
