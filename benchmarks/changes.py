@@ -11,6 +11,8 @@ from typing import Any
 from goals import OURS
 
 MACHINE_NOISE = 3.0  # percent: two runs of one commit, minutes apart, on 2 shared cores
+# what a case's pulse has: a rate, and what must be equal for two of them to compare
+PULSES = {"tflop_per_s": ("dtype", "side"), "gb_per_s": ("bytes",)}
 _ONE_CALL = 0.25  # relative: what the time of a single call may be off
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # t, 97.5 %; n = 2, 3, ... 9
 _LEAST_PEERS = 5  # so many at least make a scatter
@@ -31,32 +33,34 @@ def sampling(time: dict[str, float]) -> float:
     return 2 * error * (_STUDENT[n - 2] / _NORMAL if n < 10 else 1)
 
 
-def _pulse(case: dict[str, Any]) -> tuple[tuple[Any, Any], float] | None:
-    """Return which product a case's pulse is, and its median rate."""
-    pulse = case.get("pulse")
-    if not pulse:
-        return None
-    return (pulse.get("dtype"), pulse.get("side")), pulse["tflop_per_s"]["p50"]
+def _pulses(case: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+    """Return the median rates of a case's pulse, by what it is: a product, a copy."""
+    pulse = case.get("pulse") or {}
+    return {
+        (rate, *(pulse.get(name) for name in names)): pulse[rate]["p50"]
+        for rate, names in PULSES.items()
+        if rate in pulse
+    }
 
 
 def wobble(run: dict[str, Any]) -> float:
     """Return the relative standard deviation, over the cases, of the pulse's medians."""
     rates: dict[Any, list[float]] = {}
-    for pulse in filter(None, map(_pulse, run["cases"].values())):
-        rates.setdefault(pulse[0], []).append(pulse[1])
+    for case in run["cases"].values():
+        for kind, rate in _pulses(case).items():
+            rates.setdefault(kind, []).append(rate)
     several = [of for of in rates.values() if len(of) > 1]
     return max((statistics.stdev(of) / statistics.median(of) for of in several), default=0.0)
 
 
 def drift(before: dict[str, Any], after: dict[str, Any], case: str) -> float:
     """Return how much the machine's rate was seen to change, relative; 0 if nobody looked."""
-    pulses = [_pulse(run["cases"][case]) for run in (before, after)]
-    if None not in pulses and pulses[0][0] == pulses[1][0]:
-        rates = [rate for _, rate in pulses]
-    else:
+    was, is_now = (_pulses(run["cases"][case]) for run in (before, after))
+    pairs = [(was[kind], is_now[kind]) for kind in was.keys() & is_now.keys()]
+    if not pairs:
         ceilings = [run.get("ceilings") or {} for run in (before, after)]
-        rates = [(of.get("matmul_tflop_per_s") or {}).get("fp32") for of in ceilings]
-    return abs(rates[1] / rates[0] - 1) if all(rates) else 0.0
+        pairs = [tuple((of.get("matmul_tflop_per_s") or {}).get("fp32") for of in ceilings)]
+    return max((abs(b / a - 1) for a, b in pairs if a and b), default=0.0)
 
 
 def scatter(changes: list["Change"]) -> float:

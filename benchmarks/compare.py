@@ -16,12 +16,13 @@ the code does not:
   single call, which says nothing of its spread, is taken to be off by up to 25 %.
 - **machine**: two runs differ by more than their calls do. Allowed is MACHINE_NOISE, or what the
   machine was seen to waver within a run, if that is more: the standard deviation, over the cases,
-  of the median rate of one fixed product that was timed before every round (the case's pulse);
-  or the scatter of the peers of the same family, if that is most: their code is the same, so what
-  they changed by unlike each other (2 deviations about their median change) is the machine's.
-- **drift**: how much faster or slower that product was in the case's second run (in runs without
-  a pulse: the ceiling of fp32 products). It widens what is allowed, both ways, and is never divided
-  out: a machine that was 8 % slower allows 8 % more.
+  of the median rate of a fixed product or a fixed copy, which are timed before every round (the
+  case's pulse); or the scatter of the peers of the same family, if that is most: their code is the
+  same, so what they changed by unlike each other (2 deviations about their median change) is the
+  machine's.
+- **drift**: how much faster or slower the product or the copy was in the case's second run, the
+  larger of both (in runs without a pulse: the ceiling of fp32 products). It widens what is allowed,
+  both ways, and is never divided out: a machine that was 8 % slower allows 8 % more.
 
     noise = sqrt(sampling^2 + machine^2) + drift
 
@@ -41,7 +42,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from changes import MACHINE_NOISE, Change, Compared, compare
+from changes import MACHINE_NOISE, PULSES, Change, Compared, compare
 from goals import OURS
 from ledger import commit_of, read_run
 
@@ -96,8 +97,10 @@ def _checked(path: Path) -> dict[str, Any]:
                 where = f"{path.name}: {row['case']}, {row['candidate']}: {clock}"
                 raise ValueError(f"{where}: want p20 <= p50 <= p80 of n calls, got {time}")
     for case, of in data["cases"].items():
-        rate = ((of.get("pulse") or {}).get("tflop_per_s") or {}).get("p50")
-        if of.get("pulse") and not (type(rate) in (int, float) and 0 < rate < math.inf):
+        pulse = of.get("pulse") or {}
+        rates = [(pulse[name] or {}).get("p50") for name in PULSES if name in pulse]
+        good = all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
+        if pulse and not (rates and good):
             raise ValueError(f"{path.name}: {case}: pulse: want a p50 above 0, got {of['pulse']}")
     return data
 

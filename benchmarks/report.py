@@ -99,16 +99,20 @@ def _pulse(data: dict[str, Any]) -> str:
     kinds: dict[tuple[str, str], list[dict[str, float]]] = {}
     for case in data["cases"].values():
         pulse = case.get("pulse") or {}
-        if pulse.get("tflop_per_s"):
-            kind = str(pulse.get("dtype", "")), str(pulse.get("side", ""))
-            kinds.setdefault(kind, []).append(pulse["tflop_per_s"])
+        side, size = pulse.get("side", ""), pulse.get("bytes", 0)
+        shape = [str(pulse.get("dtype", "")), f"{side} x {side} x {side}" if side else ""]
+        for what, rate, unit in (
+            (f"product ({', '.join(filter(None, shape))})", "tflop_per_s", "TFLOP/s"),
+            (f"copy ({size / 2**20:,.3g} MiB)", "gb_per_s", "GB/s"),
+        ):
+            if pulse.get(rate):
+                kinds.setdefault((what, unit), []).append(pulse[rate])
     texts = []
-    for (dtype, side), found in kinds.items():
+    for (what, unit), found in kinds.items():
         low, high = min(p["p20"] for p in found), max(p["p80"] for p in found)
-        what = ", ".join(filter(None, [dtype, f"{side} x {side} x {side}" if side else ""]))
         texts.append(
-            f"a fixed product ({what}) reached {figure(low)} to {figure(high)} TFLOP/s over the"
-            f" run, before the rounds of {len(found)} cases"
+            f"a fixed {what} reached {figure(low)} to {figure(high)} {unit} over the run, before"
+            f" the rounds of {len(found)} cases"
         )
     return "; ".join(texts)
 

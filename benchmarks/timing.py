@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _SLEEP_CYCLES = 1_000_000  # about 0.5 ms of a GPU: the host enqueues a call meanwhile
 
@@ -97,42 +96,45 @@ class Stopwatch:
 
 
 class Pulse:
-    """A fixed matrix product, timed now and then: how steady the machine is, whatever is measured.
+    """A fixed matrix product and a fixed copy, timed now and then, whatever is measured.
+
+    They say how steady the machine is, in arithmetic and in memory.
 
     Args:
-        device: where it runs.
-        small: a rehearsal's size.
+        device: where they run.
+        small: a rehearsal's sizes.
     """
 
     def __init__(self, device: torch.device, small: bool = False):
         cuda = device.type == "cuda"
         self._side = 64 if small else (8192 if cuda else 1024)
-        self._dtype = torch.bfloat16 if cuda else torch.float32
-        self._device = device
-        self._operands = self._random()
-        self._watch, self._samples = Stopwatch(device), Samples()
-        self._product()
-
-    def _random(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self._device).manual_seed(0)
-        kind = {"generator": generator, "device": self._device}
-        x, w = (torch.randn(self._side, self._side, **kind) for _ in range(2))
-        return x.to(self._dtype), w.to(self._dtype)
-
-    def _product(self) -> Tensor:
-        x, w = self._operands
-        return x @ w
+        size = 2**12 if small else (2**30 if cuda else 2**26)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        kind = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        x, w = (torch.randn(self._side, self._side, **kind).to(dtype) for _ in range(2))
+        source = torch.ones(size, dtype=torch.int8, device=device)
+        target = torch.zeros_like(source)
+        self._calls = {"product": lambda: x @ w, "copy": lambda: target.copy_(source)}
+        self._amounts = {"product": 2e-12 * self._side**3, "copy": 2e-9 * size}
+        self._samples = {name: Samples() for name in self._calls}
+        self._dtype, self._size = str(dtype).removeprefix("torch."), size
+        self._watch = Stopwatch(device)
+        for call in self._calls.values():
+            call()
 
     def beat(self) -> None:
-        """Time one product."""
-        self._watch.time(self._product, self._samples)
+        """Time one of each."""
+        for name, call in self._calls.items():
+            self._watch.time(call, self._samples[name])
 
     def found(self) -> dict[str, Any] | None:
-        """Return its rates "tflop_per_s" by percentile and how many n; None: it took no time."""
-        seconds = [s for s in self._samples.device or self._samples.wall if s > 0]
-        if not seconds:
-            return None
-        rates = spread([2e-12 * self._side**3 / s for s in seconds])
-        n = rates.pop("n")
-        dtype = str(self._dtype).removeprefix("torch.")
-        return {"tflop_per_s": rates, "dtype": dtype, "side": self._side, "n": n}
+        """Return what they are and their rates by percentile; None: they took no time."""
+        rates = {}
+        for name, samples in self._samples.items():
+            seconds = [s for s in samples.device or samples.wall if s > 0]
+            if not seconds:
+                return None
+            rates[name] = spread([self._amounts[name] / s for s in seconds])
+        n = min(rate.pop("n") for rate in rates.values())
+        product = {"tflop_per_s": rates["product"], "dtype": self._dtype, "side": self._side}
+        return product | {"gb_per_s": rates["copy"], "bytes": self._size, "n": n}

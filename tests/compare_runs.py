@@ -26,12 +26,17 @@ def made(*rows, machine=HOST, case="cpu 1x128", **fields):
     return run({case: list(rows)}, machine, "fp32", **fields)
 
 
-def pulsed(data, rates, dtype="fp32", side=1024):
-    """The run with a pulse in each of its cases."""
-    for case, rate in zip(data["cases"].values(), rates, strict=True):
-        of = {"p20": rate, "p50": rate, "p80": rate}
-        case["pulse"] = {"tflop_per_s": of, "dtype": dtype, "side": side, "n": 20}
+def pulsed(data, rates, dtype="fp32", side=1024, copies=()):
+    """The run with a pulse in each of its cases, and with copies in it where they are given."""
+    for i, (case, rate) in enumerate(zip(data["cases"].values(), rates, strict=True)):
+        case["pulse"] = {"tflop_per_s": steady(rate), "dtype": dtype, "side": side, "n": 20}
+        if copies:
+            case["pulse"] |= {"gb_per_s": steady(copies[i]), "bytes": 2**26}
     return data
+
+
+def steady(rate):
+    return {"p20": rate, "p50": rate, "p80": rate}
 
 
 def slower(data, by, ours_only=True, rates=True):

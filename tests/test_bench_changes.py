@@ -80,6 +80,17 @@ def test_without_a_pulse_the_drift_is_that_of_the_ceiling():
     assert changes.drift(before, after, "cpu 1x128") == 0
 
 
+def test_memory_that_is_slower_is_a_drift_too():
+    before, after = two_cases(), two_cases()
+    pulsed(before, [0.2, 0.2], copies=[20.0, 20.0])
+    pulsed(after, [0.19, 0.2], copies=[20.0, 15.0])
+    assert changes.drift(before, after, "cpu 1x128") == pytest.approx(0.05)
+    assert changes.drift(before, after, "cpu 8x128") == pytest.approx(0.25)
+    assert changes.wobble(after) == pytest.approx(statistics.stdev([20, 15]) / 17.5)
+    pulsed(before, [0.2, 0.2])  # a run that measured no copy
+    assert changes.drift(before, after, "cpu 8x128") == 0
+
+
 SPREADS = st.floats(0, 0.5)
 CALLS = st.integers(1, 60)
 

@@ -123,18 +123,24 @@ def test_a_case_says_how_to_repeat_it():
 # --- the pulse -----------------------------------------------------------------------------------
 
 
-def test_the_pulse_is_a_product_whose_rate_is_known(monkeypatch):
+def test_the_pulse_is_a_product_and_a_copy_whose_rates_are_known(monkeypatch):
     pulse = Pulse(CPU, small=True)
     assert pulse.found() is None
-    times = iter((4e-6, 1e-6, 2e-6, 0.0))
-    watch = pulse._watch
-    monkeypatch.setattr(watch, "time", lambda call, into: into.wall.append(next(times)))
+    times = iter((4e-6, 1e-6, 1e-6, 2e-6, 2e-6, 8e-6, 0.0, 1e-6))
+    watch, made = pulse._watch, []
+    monkeypatch.setattr(
+        watch, "time", lambda call, into: made.append(call()) or into.wall.append(next(times))
+    )
     for _ in range(4):
         pulse.beat()
     found = pulse.found()
     assert found["tflop_per_s"]["p50"] == pytest.approx(2e-12 * 64**3 / 2e-6)
     assert (found["dtype"], found["side"], found["n"]) == ("float32", 64, 3)  # one took no time
-    assert torch.equal(pulse._product(), Pulse(CPU, small=True)._product())
+    assert found["bytes"] == 2**12 and made[1].nbytes == 2**12 and bool(made[1].all())
+    assert found["gb_per_s"]["p50"] == pytest.approx(
+        2e-9 * 2**12 * sum(1 / t for t in (1e-6, 2e-6)) / 2
+    )
+    assert torch.equal(made[0], Pulse(CPU, small=True)._calls["product"]())
 
 
 # --- choosing ------------------------------------------------------------------------------------
