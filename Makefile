@@ -76,7 +76,7 @@ test-gpu: gpu-proof  ## gpu-proof, under the name the other tests have
 gpu-tune: $(READY)  ## better launch rules, printed: make gpu-tune TABLES="attention.SHORT gelu.FWD_TILES"
 	$(MEASURE) tune $(TABLES) --out $(OUT)
 
-cpu-table: $(READY)  ## ops, encoders and pre-training on the CPU beside their peers, about 50 minutes
+cpu-table: $(READY)  ## ops, encoders and pre-training on the CPU beside their peers, about an hour
 	$(MEASURE) all --device cpu --out $(OUT)
 
 ledger: $(INSTALLED)  ## write what is said of benchmarks/results: its README and report, docs/performance.md, README.md

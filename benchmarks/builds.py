@@ -78,7 +78,7 @@ def triton_calls() -> list[tuple[str, str, str]]:
     rows = [(name, row) for name, row in ops.ROWS.items() if row.op in served]
     names = {(row.op, row.p, row.call): name for name, row in rows}.values()
     odd = [(name, str(dtype)[6:], "odd") for name in names for dtype in DTYPES]
-    return [*((name, "bfloat16", "full") for name in names), *odd]
+    return [*((name, "bfloat16", "large") for name in names), *odd]
 
 
 def first_call(name: str, dtype: str, size: str) -> str:

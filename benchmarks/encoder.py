@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import checkout  # noqa: F401
+import our_bert
 import peers
 import text_in
 import torch
@@ -23,16 +24,18 @@ from specs import Spec
 from torch import Tensor
 from workload import Batch, Texts
 
-import bert_fast
 from bert_fast import BertConfig, reference_model
 from bert_fast.accuracy import short
-from bert_fast.extension import load as load_extension
-from bert_fast.ops.products import cpu_library, cpu_library_times
 from bert_fast.train import flops
 
 _SEED = 1234
-_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-_SMALL |= {"intermediate_size": 128}
+_SMALL = {  # a rehearsal's model
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": workload.SMALL_VOCAB,
+}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 # Norm of a bf16 forward's error over the truth's, for one step of rounding: embeddings and layers
@@ -64,7 +67,7 @@ def config_of(model: str, longest: int, small: bool, **fields: Any) -> BertConfi
     """Return the model's configuration; positions for sequences of that length."""
     positions = max(512, longest)
     if small:
-        fields |= {"vocab_size": workload.SMALL_VOCAB} | _SMALL
+        fields |= _SMALL
     return BertConfig.named(model, max_position_embeddings=positions, **fields)
 
 
@@ -106,7 +109,9 @@ def parts_of(name: str, device: torch.device, small: bool, full: bool) -> Parts:
     what = state, config, device, dtype
     if spec.kind == "texts":
         inputs = [text_in.texts(n, _SEED + i) for i, n in enumerate(lengths)]
-        ours, theirs = partial(text_in.ours, *what), text_in.text_peers(*what)
+        ours = partial(text_in.ours, *what)
+        other = partial(text_in.sentence_transformer, *what)
+        theirs = [Candidate("sentence-transformers", other)]
     elif spec.kind == "ids":
         pin = device.type == "cuda"
         vocab = config.vocab_size
@@ -201,24 +206,12 @@ def _on_sample(
 # --- this project --------------------------------------------------------------------------------
 
 
-def our_notes(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what the row of our model should say of it: what serves each op, and on a CPU how."""
-    notes = {"ops": {entry.op: entry.implementation for entry in bert_fast.report(model).ops}}
-    dtypes = {(p.device.type, p.dtype) for p in model.parameters()}
-    extension, why = load_extension()
-    if ("cpu", FP32) in dtypes:
-        notes |= {"cpu_library": cpu_library(), "cpu_library_ms": cpu_library_times()}
-    if "cpu" in {kind for kind, _ in dtypes}:
-        notes["extension"] = why if extension is None else extension.cpu_capability()
-    return notes
-
-
 def our_encoder(
     state: dict[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
     """Return this project's encoder for padded batches."""
-    model = text_in.model(state, config, device, dtype)
-    notes = our_notes(model)
+    model = our_bert.encoder(state, config, device, dtype)
+    notes = our_bert.notes(model)
 
     def run(batch: Batch) -> Tensor:
         with torch.inference_mode():
@@ -235,8 +228,8 @@ def _our_texts(
     budget: int = 32768,
 ) -> Prepared:
     """Texts in their own order, packed up to `budget` tokens; lengths never leave the host."""
-    model = text_in.model(state, config, device, dtype)
-    notes = our_notes(model)
+    model = our_bert.encoder(state, config, device, dtype)
+    notes = our_bert.notes(model)
 
     def run(texts: Texts) -> Tensor:
         out = []

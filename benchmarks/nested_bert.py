@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+import workload
 from torch import Tensor, nn
 
 from bert_fast import BertConfig
@@ -31,7 +32,7 @@ class NestedBert(nn.Module):
 
     def __init__(self, config: BertConfig, state: Mapping[str, Tensor]):
         super().__init__()
-        own = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
+        own = workload.encoder_weights(state)
         for name in ("word", "position", "token_type"):
             self.register_buffer(name, own[f"embeddings.{name}_embeddings.weight"].clone())
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

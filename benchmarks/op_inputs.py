@@ -43,8 +43,7 @@ def sizes(
     """
     found = {name: of(model, on_gpu) for name, model in MODELS.items()}
     found |= {f"{name} cpu": of(model, on_cpu) for name, model in MODELS.items()}
-    # "full": at what launch rules are tuned
-    return {**found, "full": found["large"], "small": small, "odd": odd}
+    return {**found, "small": small, "odd": odd}
 
 
 @dataclass(frozen=True, eq=False)

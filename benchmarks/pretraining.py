@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Mapping
 
 import checkout  # noqa: F401
+import our_bert
 import torch
 import torch.nn.functional as F  # noqa: N812
 import training_peers
 import workload
-from encoder import FP32, Parts, config_of, dtype_of, our_notes, state_of
+from encoder import FP32, Parts, config_of, dtype_of, state_of
 from gate import Candidate, Case, Outputs, Prepared, Work
 from specs import PRETRAINING as SPECS
 from torch import Tensor
@@ -154,7 +155,7 @@ def _ours(
                 next_sentence_label=batch.next_sentence_label,
             ).loss
 
-    notes, made = our_notes(model), None
+    notes, made = our_bert.notes(model), None
     if device.type == "cpu" or optimizer == "lamb":
         of = {"adamw": AdamW, "lamb": LAMB}[optimizer]
         rates = training_peers.LEARNING_RATE, training_peers.WEIGHT_DECAY

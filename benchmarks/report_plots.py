@@ -1,7 +1,7 @@
 """Which pictures a report has: the cases of each, and why one is left out."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,19 @@ def _distribution(case: Shown) -> str:
     return _NAMES.get(name, name)
 
 
+def _lines(
+    by: Mapping[float, Shown], value: Callable[[Shown, float], float]
+) -> dict[str, list[tuple[float, ...]]]:
+    """Return the line of each candidate: where, then its least, middle and largest value there."""
+    lines: dict[str, list[tuple[float, ...]]] = {}
+    for at, case in by.items():
+        for name in _candidates([case]):
+            time = case.spread(name)
+            points = sorted(value(case, time[p]) for p in ("p20", "p50", "p80"))
+            lines.setdefault(name, []).append((at, *points))
+    return lines
+
+
 def _time(cases: Sequence[Shown], style: dict[str, Style]) -> Made:
     of = [case for case in cases if case.family == "encoder" and _is_full(case)]
     keys = ("model", "dtype", "device", "sequences", "longest")
@@ -124,12 +137,7 @@ def _time(cases: Sequence[Shown], style: dict[str, Style]) -> Made:
         return [], ("Time against length", why)
     panels = []
     for first, by_length in groups:
-        lines: dict[str, list] = {}
-        for length, case in by_length.items():
-            for name in _candidates([case]):
-                time = case.spread(name)
-                points = tuple(1e3 * time[p] for p in ("p20", "p50", "p80"))
-                lines.setdefault(name, []).append((length, *points))
+        lines = _lines(by_length, lambda case, seconds: 1e3 * seconds)
         title = f"{_what(first)}, {_count(first.facts['sequences'], 'sequence')}"
         names = {length: f"{length:,}" for length in by_length}
         panels.append(charts.Panel(title, lines, names))
@@ -151,12 +159,7 @@ def _throughput(cases: Sequence[Shown], style: dict[str, Style]) -> Made:
         return [], ("Throughput against fill", why)
     panels = []
     for first, by_fill in groups:
-        lines: dict[str, list] = {}
-        for fill, case in by_fill.items():
-            for name in _candidates([case]):
-                time = case.spread(name)
-                points = tuple(case.facts["tokens"] / time[p] for p in ("p80", "p50", "p20"))
-                lines.setdefault(name, []).append((fill, *points))
+        lines = _lines(by_fill, lambda case, seconds: case.facts["tokens"] / seconds)
         title = f"{_what(first)}, {first.facts['sequences']:,} x {first.facts['longest']:,}"
         names = {}
         for fill, case in by_fill.items():

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import workload
 from gate import AbsentError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,10 +58,7 @@ def encoder(
     theirs = transformers.BertConfig.from_dict(config.to_dict())
     model = transformers.BertModel(theirs, add_pooling_layer=False)
     model.set_attn_implementation(attention)
-    prefix = "bert."
-    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    own = {name: t for name, t in own.items() if not name.startswith("pooler.")}
-    model.load_state_dict(own)
+    model.load_state_dict(workload.encoder_weights(state))
     return model.to(device, dtype).eval()
 
 

@@ -89,10 +89,17 @@ def _described(name: str, device: str, small: bool) -> dict[str, Any]:
     """Return the name of a case, what it is, and about how long it takes."""
     family = family_of(name)
     if family == "kernels":
-        row = ops.ROWS[name.partition(", ")[0]]
+        what = ops.ROWS[name.partition(", ")[0]].op
         seconds = 1.0 if small else _KERNEL_SECONDS[device]
-        found = {"name": name, "family": family, "what": row.op, "seconds": seconds}
-        return found | {"memory": False}
+    else:
+        what, seconds = _whole(name, device, small)
+    found = {"name": name, "family": family, "what": what, "seconds": round(seconds, 1)}
+    return found | {"memory": has_memory(name)}
+
+
+def _whole(name: str, device: str, small: bool) -> tuple[str, float]:
+    """Return what a case of whole models is, and about how many seconds it takes."""
+    family = family_of(name)
     spec = MODULES[family].SPECS[name]
     dtype = encoder.dtype_of(spec, torch.device(device))
     lengths = spec.small if small else spec.lengths
@@ -110,8 +117,7 @@ def _described(name: str, device: str, small: bool) -> dict[str, Any]:
         seconds += calls * flops / _CPU_RATE / (2 if spec.few else 1)
     elif not small:
         seconds = 150.0
-    found = {"name": name, "family": family, "what": what, "seconds": round(seconds, 1)}
-    return found | {"memory": has_memory(name)}
+    return what, seconds
 
 
 def main() -> int:

@@ -60,7 +60,7 @@ def measure(benchmark: Any, case: Case, candidates: list[Candidate]) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_op(benchmark, name):
-    measure(benchmark, *ops.case(name, DEVICE, DTYPE, "full" if CUDA else "small"))
+    measure(benchmark, *ops.case(name, DEVICE, DTYPE, "large" if CUDA else "small"))
 
 
 def test_encoder(benchmark):

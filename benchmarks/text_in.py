@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
+import our_bert
 import stock_bert
 import torch
 import workload
-from gate import AbsentError, Candidate, Outputs, Prepared
+from gate import AbsentError, Outputs, Prepared
 from torch import Tensor
 from workload import Texts
 
-import bert_fast
 from bert_fast import BertConfig, BertTokenizer, Encoder
 from bert_fast.accuracy import short
 
@@ -69,42 +69,17 @@ def _prepared(
     return Prepared(run, check, notes={"pooling": "cls", **notes})
 
 
-def model(
-    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
-) -> bert_fast.BertModel:
-    """Return this project's encoder with these weights, without the pooler, in eval mode."""
-    model = bert_fast.BertModel(config, add_pooling_layer=False)
-    names = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
-    model.load_state_dict({n: t for n, t in names.items() if not n.startswith("pooler.")})
-    return model.to(device, dtype).eval()
-
-
 def ours(
     state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
     """Return this project's `Encoder`, with its defaults."""
-    body = model(state, config, device, dtype)
+    body = our_bert.encoder(state, config, device, dtype)
     encoder = Encoder(body, tokenizer(), pooling="cls", max_seq_length=_LONGEST)
     encode = partial(encoder.encode, convert_to_tensor=True, show_progress_bar=False)
     return _prepared(lambda lines: encode(list(lines)), device, {"weights": short(dtype)})
 
 
-def text_peers(
-    state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
-) -> list[Candidate]:
-    """Return the peers for texts; they give the embeddings (N, D), [CLS] rows.
-
-    Args:
-        state: fp32 state dict of a BertForPreTraining, on the CPU.
-        config: of the weights.
-        device: where they run.
-        dtype: what they compute in, their weights too.
-    """
-    prepare = partial(_sentence_transformer, state, config, device, dtype)
-    return [Candidate("sentence-transformers", prepare)]
-
-
-def _sentence_transformer(
+def sentence_transformer(
     state: Mapping[str, Tensor], config: BertConfig, device: torch.device, dtype: torch.dtype
 ) -> Prepared:
     """Return sentence-transformers with its defaults: sorted by length, padded batches of 32."""
@@ -114,7 +89,8 @@ def _sentence_transformer(
     except AbsentError:  # before 6
         modules = stock_bert.need("sentence_transformers.models")
     with tempfile.TemporaryDirectory() as folder:
-        model(state, config, torch.device("cpu"), torch.float32).save_pretrained(folder)
+        ours = our_bert.encoder(state, config, torch.device("cpu"), torch.float32)
+        ours.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         body = modules.Transformer(str(Path(folder)), max_seq_length=_LONGEST)
     head = modules.Pooling(config.hidden_size, pooling_mode="cls")

@@ -122,8 +122,10 @@ def case(
         small: a rehearsal's sizes and a few of the candidates.
         run: knows which candidates do not compile.
     """
-    dtype, size = DTYPES[device.type], "small" if small else "full"
-    whole, (ours, *_) = build(name_of(tunable, timed), row_of(timed), device, dtype, size)
+    dtype, size = DTYPES[device.type], "small" if small else "large"
+    name = name_of(tunable, timed)
+    whole, (ours, *_) = build(name, row_of(timed), device, dtype, size)
+    whole = replace(whole, name=name)
     known = {} if run is None else run.data["tune"].get("failed", {})
     failed, found = known.get(whole.name, {}), entries(tunable, device)
     if small:

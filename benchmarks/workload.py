@@ -1,6 +1,6 @@
 """What the encoder and pre-training cases work on: weights, batches, texts, lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,12 @@ def weights(config: BertConfig, seed: int = 0) -> dict[str, Tensor]:
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
     return {name: t.detach() for name, t in model.state_dict().items()}
+
+
+def encoder_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the encoder alone, by the names it has there; without the pooler's."""
+    encoder = {n.removeprefix("bert."): t for n, t in state.items() if n.startswith("bert.")}
+    return {name: t for name, t in encoder.items() if not name.startswith("pooler.")}
 
 
 def batch(

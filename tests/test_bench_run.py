@@ -195,11 +195,11 @@ def test_rows_that_a_kernel_serves(monkeypatch):
     assert served() == []
     dtypes = "float32", "bfloat16", "float16"
     assert served("embed") == [
-        ("embed", "bfloat16", "full"),
+        ("embed", "bfloat16", "large"),
         *(("embed", dtype, "odd") for dtype in dtypes),
     ]
-    full = [name for name, _, size in served("attention") if size == "full"]
-    assert full == ["attention mixed", "attention s512 dropout"]
+    large = [name for name, _, size in served("attention") if size == "large"]
+    assert large == ["attention mixed", "attention s512 dropout"]
 
 
 def test_kernels_that_do_not_compile_are_named(monkeypatch):

@@ -55,7 +55,7 @@ def test_rows_are_there_and_meet_the_entry(tunable):
     assert tunable.timed
     for timed in tunable.timed:
         row = tune.row_of(timed)
-        for sizes in (row.sizes["full"], row.sizes["small"]):
+        for sizes in (row.sizes["large"], row.sizes["small"]):
             if isinstance(tunable.key, tuple):
                 assert sizes["K"] == tunable.key[1]
             elif "TILES" in tunable.table and tunable.key is not None:
