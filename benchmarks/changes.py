@@ -10,7 +10,9 @@ from typing import Any
 
 from goals import OURS
 
-MACHINE_NOISE = 3.0  # percent: two runs of one commit, minutes apart, on 2 shared cores
+# percent: by so much at most BERT-base took longer or shorter in two runs of one commit, 12 minutes
+# apart, on 2 cores of an AMD EPYC that others share (five cases at dffe732, 2026-12-01)
+MACHINE_NOISE = 3.0
 # what a case's pulse has: a rate, and what must be equal for two of them to compare
 PULSES = {"tflop_per_s": ("dtype", "side"), "gb_per_s": ("bytes",)}
 _ONE_CALL = 0.25  # relative: what the time of a single call may be off
@@ -33,21 +35,29 @@ def sampling(time: dict[str, float]) -> float:
     return 2 * error * (_STUDENT[n - 2] / _NORMAL if n < 10 else 1)
 
 
-def _pulses(case: dict[str, Any]) -> dict[tuple[Any, ...], float]:
-    """Return the median rates of a case's pulse, by what it is: a product, a copy."""
+def _pulses(case: dict[str, Any], cold: bool) -> dict[tuple[Any, ...], float]:
+    """Return the median rates of a case's pulse, by what it is: a product; for cold caches a copy.
+
+    Whole models, with warm caches, are products for the most part.
+    """
     pulse = case.get("pulse") or {}
     return {
         (rate, *(pulse.get(name) for name in names)): pulse[rate]["p50"]
         for rate, names in PULSES.items()
-        if rate in pulse
+        if rate in pulse and (cold or rate == "tflop_per_s")
     }
 
 
-def wobble(run: dict[str, Any]) -> float:
-    """Return the relative standard deviation, over the cases, of the pulse's medians."""
+def wobble(run: dict[str, Any], cold: bool) -> float:
+    """Return the relative standard deviation, over the cases, of the pulse's medians.
+
+    Args:
+        run: all its cases have the same pulse.
+        cold: for cases that begin with cold caches: the copy's count, too.
+    """
     rates: dict[Any, list[float]] = {}
     for case in run["cases"].values():
-        for kind, rate in _pulses(case).items():
+        for kind, rate in _pulses(case, cold).items():
             rates.setdefault(kind, []).append(rate)
     several = [of for of in rates.values() if len(of) > 1]
     return max((statistics.stdev(of) / statistics.median(of) for of in several), default=0.0)
@@ -55,7 +65,8 @@ def wobble(run: dict[str, Any]) -> float:
 
 def drift(before: dict[str, Any], after: dict[str, Any], case: str) -> float:
     """Return how much the machine's rate was seen to change, relative; 0 if nobody looked."""
-    was, is_now = (_pulses(run["cases"][case]) for run in (before, after))
+    cold = before["cases"][case].get("flushed", False)
+    was, is_now = (_pulses(run["cases"][case], cold) for run in (before, after))
     pairs = [(was[kind], is_now[kind]) for kind in was.keys() & is_now.keys()]
     if not pairs:
         ceilings = [run.get("ceilings") or {} for run in (before, after)]
@@ -202,7 +213,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], over: float) -> Compa
     _check_machines(before, after)
     found = Compared([], [], [], [])
     rows = {(row["case"], row["candidate"]): row for row in after["rows"]}
-    machine = max(MACHINE_NOISE / 100, wobble(before), wobble(after))
+    machine = {
+        cold: max(MACHINE_NOISE / 100, wobble(before, cold), wobble(after, cold))
+        for cold in (False, True)
+    }
     usable = set()
     for case in before["cases"]:
         if case not in after["cases"]:
@@ -227,10 +241,11 @@ def compare(before: dict[str, Any], after: dict[str, Any], over: float) -> Compa
             elif ours:
                 found.others.append((case, f"{candidate}: {was} in A, {is_now} in B"))
             continue
-        times = _clock(row, now, before["cases"][case].get("flushed", False))
+        cold = before["cases"][case].get("flushed", False)
+        times = _clock(row, now, cold)
         parts = (
             math.hypot(*(sampling(time) for time in times)),
-            machine,
+            machine[cold],
             drift(before, after, case),
         )
         pair = (times[0]["p50"], times[1]["p50"])
@@ -240,11 +255,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], over: float) -> Compa
             found.memory.append(f"{case}: {took[0] / 2**20:,.0f} to {took[1] / 2**20:,.0f} MiB")
     kinds = {case: of.get("family") for case, of in before["cases"].items()}
     for kind in set(kinds.values()):
-        of_kind = [one for one in found.changes if kinds[one.case] == kind]
-        wavers = max(machine, scatter(of_kind))
+        apart = scatter([one for one in found.changes if kinds[one.case] == kind])
         for i, one in enumerate(found.changes):
             if kinds[one.case] == kind:
-                found.changes[i] = replace(one, machine=wavers)
+                found.changes[i] = replace(one, machine=max(one.machine, apart))
     if not found.lost and not any(one.ours for one in found.changes):
         why = f" ({'; '.join(f'{case}: {why}' for case, why in found.others[:3])})"
         raise ValueError(

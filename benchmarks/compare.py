@@ -14,15 +14,15 @@ the code does not:
   deviation s = (p80 - p20) / 1.683, as in a normal distribution. Allowed are 2 se of each run, as
   the root of the sum of squares; with n < 10 more, by Student's t over the normal quantile; a
   single call, which says nothing of its spread, is taken to be off by up to 25 %.
-- **machine**: two runs differ by more than their calls do. Allowed is MACHINE_NOISE, or what the
-  machine was seen to waver within a run, if that is more: the standard deviation, over the cases,
-  of the median rate of a fixed product or a fixed copy, which are timed before every round (the
-  case's pulse); or the scatter of the peers of the same family, if that is most: their code is the
-  same, so what they changed by unlike each other (2 deviations about their median change) is the
-  machine's.
-- **drift**: how much faster or slower the product or the copy was in the case's second run, the
-  larger of both (in runs without a pulse: the ceiling of fp32 products). It widens what is allowed,
-  both ways, and is never divided out: a machine that was 8 % slower allows 8 % more.
+- **machine**: two runs differ by more than their calls do. Allowed is the largest of MACHINE_NOISE;
+  what the machine was seen to waver within a run: the standard deviation, over the cases, of the
+  median rate of a fixed product, and for kernels with cold caches of a fixed copy, which are timed
+  before every round (the case's pulse); and the scatter of the peers of the same family: their code
+  is the same, so what they changed by unlike each other (2 deviations about their median change) is
+  the machine's.
+- **drift**: how much faster or slower that product, or copy, was in the case's second run (in runs
+  without a pulse: the ceiling of fp32 products). It widens what is allowed, both ways, and is never
+  divided out: a machine that was 8 % slower allows 8 % more.
 
     noise = sqrt(sampling^2 + machine^2) + drift
 

@@ -57,6 +57,17 @@ def test_a_fifth_more_is_caught_in_what_was_really_measured(data, ours_only, rat
     assert (machine in out) is not ours_only
 
 
+def test_two_runs_of_one_commit_agree(cli):
+    """On two cores that others share, twelve minutes apart."""
+    first, second = (d for d in KEPT if d["environment"]["commit"].startswith("dffe732"))
+    before, after = sorted((first, second), key=lambda data: data["started"])
+    status, out, _ = cli(before, after)
+    assert status == 0 and out.rstrip().endswith("103 cases: 46 same, 57 within noise")
+    whole = [found for case, found in verdicts(before, after).items() if case.startswith("cpu ")]
+    assert whole == ["same"] * 5
+    assert cli(before, slower(after, 1.2))[0] == 1
+
+
 @pytest.mark.parametrize("data", KEPT, ids=lambda data: data["environment"]["commit"][:7])
 def test_what_is_within_noise_is_not(data, cli):
     for now in (data, slower(data, 1.02), slower(data, 0.98)):
