@@ -368,7 +368,6 @@ def build(runs: Sequence[Source]) -> dict[str, bytes]:
             " shown."
         )
     )
-    blocks += [Heading("What was measured"), *_runs(runs, cases)]
     blocks += [Heading("Where a peer is faster"), *_behind(cases), Heading("Pictures")]
     files: dict[str, bytes] = {}
     found, left_out = plots(cases)
@@ -383,6 +382,7 @@ def build(runs: Sequence[Source]) -> dict[str, bytes]:
     for family in FAMILIES:
         blocks += [Heading(_FAMILY[family]), *_tables(cases, family)]
     blocks += [Heading("To repeat a case"), *_repeat(cases)]
+    blocks += [Heading("The runs"), *_runs(runs, cases)]
     files["report.md"] = page.markdown(TITLE, blocks).encode()
     files["index.html"] = page.html(TITLE, blocks).encode()
     return files

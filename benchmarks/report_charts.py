@@ -216,7 +216,7 @@ def bars(cases: Sequence[Bars], style: dict[str, Style], x: str) -> Draw:
         words = max(extent(text, SMALL) for case in cases for _, text in case.values.values())
         for body in bodies:
             high = longest / (1 - (words + 6) / body.width)
-            at = MaxNLocator(max(2, int(body.width // 62))).tick_values(0, high)
+            at = MaxNLocator(max(2, int(body.width // 40))).tick_values(0, high)
             at = [value for value in at if 0 <= value <= high]
             body.axes.set(xlim=(0, high))
             body.axes.set_xticks(at, [number(value) for value in at])

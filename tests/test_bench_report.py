@@ -84,7 +84,7 @@ def test_losses_stand_first_and_complete_and_the_worst_of_them_first(tmp_path):
     assert shares == [["**0.500x**", "torch"], ["**0.990x**", "torch"], ["**0.99996x**", "torch"]]
     assert "In 3 of 3 cases that are compared, 3 of 4 comparisons." in part
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
-    assert headings[:3] == ["What was measured", "Where a peer is faster", "Pictures"]
+    assert headings[:2] == ["Where a peer is faster", "Pictures"] and headings[-1] == "The runs"
 
 
 def test_no_loss_is_said_with_the_number_of_cases(tmp_path):
@@ -190,6 +190,11 @@ def test_a_run_is_described_with_its_pulse_and_what_is_missing_of_it(tmp_path):
     data["stages"].append({"stage": "y", "ended": "done", "restarts": 2})
     text, _ = report_of(tmp_path, data)
     assert "a fixed product (fp32, 1024 x 1024 x 1024) reached 0.200 to 0.220 TFLOP/s" in text
+    assert "GB/s over the run" not in text
+    for case in data["cases"].values():
+        case["pulse"] |= {"gb_per_s": {"p20": 20, "p50": 21, "p80": 22}, "bytes": 2**26}
+    copies, _ = report_of(tmp_path, data)
+    assert "a fixed copy (64 MiB) reached 20.0 to 22.0 GB/s over the run, before the" in copies
     said = "in parts; x: past its deadline; y: begun anew 2 times; 1 row cut short"
     assert f"**{said}**" in text
     assert "copy 30.0 GB/s, fp32 products 0.210 TFLOP/s" in text
