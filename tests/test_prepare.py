@@ -280,9 +280,10 @@ from test_prepare import *
 class Slow(Fails):
     def __call__(self, texts, **options):
         os.write(1, b"%d\\n" % os.getpid())  # all of a line at once
-        time.sleep(1.0)
+        time.sleep(0.2)
         return TOKENIZER(texts, **options)
 module.CHUNK = 50
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else as inherited: ignored behind a "&"
 from pathlib import Path
 prepare(Path("book.txt"), Path("c"), Slow(None), workers=2)
 """
